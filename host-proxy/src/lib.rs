@@ -1,0 +1,1 @@
+//! pvgpu-host-proxy

@@ -1,0 +1,1 @@
+//! pvgpu-protocol
