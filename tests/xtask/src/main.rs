@@ -1,0 +1,29 @@
+//! `cargo xtask TASK`: the project's tasks, one file per task, nothing else here.
+//! People and `.ci/run` call it; the product never does.
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+mod testbed;
+
+/// The project's tasks.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask", version)]
+struct Arguments {
+    #[command(subcommand)]
+    task: Task,
+}
+
+/// One entry per task; the task's file holds its arguments and its `run`.
+#[derive(Subcommand)]
+enum Task {
+    /// Run the end-to-end tests inside a virtual machine with real GPU drivers and nested KVM
+    Testbed(testbed::Arguments),
+}
+
+fn main() -> ExitCode {
+    match Arguments::parse().task {
+        Task::Testbed(arguments) => testbed::run(&arguments),
+    }
+}
