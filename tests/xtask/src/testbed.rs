@@ -1,16 +1,217 @@
-//! `cargo xtask testbed`: boots a virtual machine (L1) with real GPU drivers and nested KVM, and runs the
-//! end-to-end tests in it.
+//! `cargo xtask testbed`: boots a virtual machine (L1) that has real GPU drivers and nested KVM, and runs
+//! the end-to-end tests of `tests/e2e` in it. `docs/testbed.md` explains it to people.
+//!
+//! One file per step: [`packages`] -> [`kernel`] -> [`programs`] -> [`initramfs`] -> [`machine`]. This
+//! file holds the arguments and the order of the steps.
 
+use std::fs;
+use std::io;
+use std::path::PathBuf;
 use std::process::ExitCode;
+use std::time::{Duration, Instant};
 
 use clap::Args;
 
+use crate::command::CommandError;
+
+mod initramfs;
+mod kernel;
+mod machine;
+mod packages;
+mod programs;
+mod report;
+
 /// What `cargo xtask testbed` can be told.
 #[derive(Args)]
-pub struct Arguments {}
+#[command(
+    long_about = "Boots Debian's kernel in QEMU (L1: software emulation, so it needs neither a GPU nor KVM), loads \
+the kernel's own vgem, virtio_gpu (3D) and kvm-amd drivers there, and runs the end-to-end tests inside.\n\n\
+What it downloads and extracts is cached in target/testbed. Exit code 0: every test passed.",
+    after_help = "Inside --shell: `l1-tests` runs the tests, `l1-tests --list` names them; Ctrl-A x ends the machine, \
+Ctrl-A h lists QEMU's other keys."
+)]
+pub struct Arguments {
+    /// Give a console inside L1 instead of running the tests
+    #[arg(long, conflicts_with_all = ["filter", "json"])]
+    shell: bool,
 
-/// Runs the task.
-pub fn run(_arguments: &Arguments) -> ExitCode {
-    eprintln!("cargo xtask testbed: nothing is built yet");
-    ExitCode::FAILURE
+    /// Run only the tests whose names contain this text
+    #[arg(long, value_name = "TEXT", value_parser = filter)]
+    filter: Option<String>,
+
+    /// Go on after a test has failed (without it, the first failure ends the run)
+    #[arg(long)]
+    keep_going: bool,
+
+    /// Print one JSON object on standard output instead of a line per test
+    #[arg(long)]
+    json: bool,
+
+    /// End the machine after this many seconds, counted from its start
+    #[arg(
+        long,
+        value_name = "SECONDS",
+        default_value_t = 300,
+        conflicts_with = "shell"
+    )]
+    time_limit: u64,
+}
+
+/// A filter travels on L1's kernel command line, so it is made of what test names are made of.
+fn filter(text: &str) -> Result<String, String> {
+    if !text.is_empty()
+        && text
+            .bytes()
+            .all(|byte| byte.is_ascii_alphanumeric() || byte == b'_')
+    {
+        Ok(text.to_owned())
+    } else {
+        Err("test names are made of letters, digits and underscores".to_owned())
+    }
+}
+
+/// Why the testbed could not run, or could not say how the tests ended.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A program that a step needs failed.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+    /// A file or folder could not be read or written.
+    #[error("cannot {action} {path}: {source}")]
+    File {
+        /// `read`, `write`, ...
+        action: &'static str,
+        /// Which one.
+        path: PathBuf,
+        /// What the system said.
+        source: io::Error,
+    },
+    /// Debian packages are missing and this user cannot install them.
+    #[error("these Debian packages are missing: run `{0}` as root, then this command again")]
+    Packages(String),
+    /// The testbed is made of Debian packages.
+    #[error(
+        "the testbed is made of Debian packages and this system has no {0}: run it on Debian 12, for example in a container"
+    )]
+    NotDebian(&'static str),
+    /// apt does not know the kernel package.
+    #[error(
+        "apt knows no package linux-image-amd64: run `apt-get update` as root, then this command again"
+    )]
+    NoKernelPackage,
+    /// The kernel image is not what this program can take apart.
+    #[error("{path} cannot be used: {reason}; delete {cache} and try again", cache = path.parent().unwrap_or(path).display())]
+    Kernel {
+        /// The image.
+        path: PathBuf,
+        /// What is wrong with it.
+        reason: &'static str,
+    },
+    /// The kernel package lacks a module that the tests need.
+    #[error(
+        "the kernel package has no module {0}: only Debian's linux-image-amd64 (not cloud) has all that the tests need"
+    )]
+    NoModule(String),
+    /// Our own programs did not build.
+    #[error("the programs for L1 do not build: see the compiler's messages above")]
+    Build,
+    /// A program that the build should have made is not there.
+    #[error(
+        "the build made no program called {0}: was it renamed? see PROGRAMS in tests/xtask/src/testbed/programs.rs"
+    )]
+    NoProgram(&'static str),
+    /// Xvfb did not start.
+    #[error("Xvfb did not start: {0}")]
+    Display(String),
+    /// The time limit was reached.
+    #[error("the time limit of {seconds} s was reached {doing}; the whole console is in {log}")]
+    TimeLimit {
+        /// The limit.
+        seconds: u64,
+        /// What L1 was doing then.
+        doing: String,
+        /// Where the console's text is.
+        log: PathBuf,
+    },
+    /// L1 or QEMU ended without saying how the tests went.
+    #[error("the machine ended without a result {doing}: {reason}; the whole console is in {log}")]
+    NoResult {
+        /// What L1 was doing then.
+        doing: String,
+        /// QEMU's exit and what it said.
+        reason: String,
+        /// Where the console's text is.
+        log: PathBuf,
+    },
+}
+
+/// Turns an I/O error into an [`Error::File`].
+fn file_error(action: &'static str, path: impl Into<PathBuf>) -> impl FnOnce(io::Error) -> Error {
+    let path = path.into();
+    move |source| Error::File {
+        action,
+        path,
+        source,
+    }
+}
+
+/// Tells people on standard error which step is going on.
+fn progress(text: std::fmt::Arguments) {
+    eprintln!("testbed: {text}");
+}
+
+/// Runs the task; everything that goes wrong is one line on standard error.
+pub fn run(arguments: &Arguments) -> ExitCode {
+    match steps(arguments) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("cargo xtask testbed: {error}");
+            ExitCode::from(2)
+        }
+    }
+}
+
+/// The steps in their order. True when every test passed.
+fn steps(arguments: &Arguments) -> Result<bool, Error> {
+    let cache = programs::target_directory()?.join("testbed");
+    fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
+
+    packages::install_missing()?;
+    let kernel = kernel::fetch(&cache)?;
+    let programs = programs::build()?;
+    let image = cache.join("initramfs.cpio");
+    initramfs::write(&image, &kernel, &programs)?;
+
+    let machine = machine::Machine {
+        kernel: &kernel.elf,
+        initramfs: &image,
+        cache: &cache,
+    };
+    if arguments.shell {
+        progress(format_args!(
+            "{} in L1; Ctrl-A x ends the machine",
+            kernel.version
+        ));
+        return machine.shell();
+    }
+    progress(format_args!("{} in L1", kernel.version));
+    let started = Instant::now();
+    let limit = Duration::from_secs(arguments.time_limit);
+    let report = machine.tests(
+        limit,
+        arguments.filter.as_deref(),
+        arguments.keep_going,
+        !arguments.json,
+    )?;
+    if arguments.json {
+        println!("{}", report.json(&kernel.version, started.elapsed()));
+    } else {
+        println!(
+            "{} ({:.1} s)",
+            report.summary(),
+            started.elapsed().as_secs_f64()
+        );
+    }
+    Ok(report.passed())
 }

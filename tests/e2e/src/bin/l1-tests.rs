@@ -1,0 +1,40 @@
+//! `l1-tests`: runs the testbed's tests; `l1-init` starts it inside L1, and people in `--shell`.
+
+use std::io;
+use std::process::ExitCode;
+
+use pvgpu_e2e::testbed;
+
+fn main() -> ExitCode {
+    let (mut filter, mut keep_going) = (String::new(), false);
+    let mut arguments = std::env::args().skip(1);
+    while let Some(argument) = arguments.next() {
+        match (argument.as_str(), arguments.len()) {
+            ("--keep-going", _) => keep_going = true,
+            ("--filter", 1..) => filter = arguments.next().unwrap_or_default(),
+            ("--list", _) => {
+                testbed::tests()
+                    .iter()
+                    .for_each(|test| println!("{}", test.name));
+                return ExitCode::SUCCESS;
+            }
+            _ => {
+                eprintln!("usage: l1-tests [--keep-going] [--filter TEXT] [--list]");
+                return ExitCode::from(2);
+            }
+        }
+    }
+    match testbed::run(
+        &testbed::tests(),
+        &filter,
+        keep_going,
+        &mut io::stdout().lock(),
+    ) {
+        Ok(true) => ExitCode::SUCCESS,
+        Ok(false) => ExitCode::FAILURE,
+        Err(error) => {
+            eprintln!("l1-tests: cannot write the results: {error}");
+            ExitCode::from(2)
+        }
+    }
+}

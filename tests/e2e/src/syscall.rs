@@ -1,0 +1,51 @@
+//! The system calls that L1's first process needs and the standard library does not have.
+//! `l1-init` calls them; they do nothing beside the one system call.
+#![allow(unsafe_code)]
+
+use std::ffi::CStr;
+use std::fs::File;
+use std::io;
+use std::os::fd::{AsRawFd, BorrowedFd};
+
+/// Mounts a file system without a device, such as `proc`, on `target`.
+pub fn mount(kind: &CStr, target: &CStr) -> io::Result<()> {
+    // SAFETY: source, target and type are C strings that live through the call; mount data may be null.
+    let result = unsafe {
+        libc::mount(
+            kind.as_ptr(),
+            target.as_ptr(),
+            kind.as_ptr(),
+            0,
+            std::ptr::null(),
+        )
+    };
+    check(result)
+}
+
+/// Loads the kernel module in `file` with `parameters` (`name=value ...`).
+pub fn load_module(file: &File, parameters: &CStr) -> io::Result<()> {
+    // SAFETY: finit_module(fd, parameters, flags): the file is open, and the C string lives through the call.
+    let result = unsafe {
+        libc::syscall(
+            libc::SYS_finit_module,
+            file.as_raw_fd(),
+            parameters.as_ptr(),
+            0,
+        )
+    };
+    check(if result < 0 { -1 } else { 0 })
+}
+
+/// Waits until everything written to the terminal `terminal` has left it.
+pub fn drain_terminal(terminal: BorrowedFd) -> io::Result<()> {
+    // SAFETY: the descriptor is open as long as it is borrowed.
+    check(unsafe { libc::tcdrain(terminal.as_raw_fd()) })
+}
+
+fn check(result: libc::c_int) -> io::Result<()> {
+    if result < 0 {
+        Err(io::Error::last_os_error())
+    } else {
+        Ok(())
+    }
+}

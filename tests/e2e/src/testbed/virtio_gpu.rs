@@ -1,0 +1,55 @@
+//! The kernel's virtio_gpu driver with 3D (virgl), natively.
+
+use super::{Failure, Test};
+use crate::drm_ioctl::{Kind, find};
+use crate::ensure;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "virtio_gpu_has_3d",
+        run: three_d,
+    },
+    Test {
+        name: "virtio_gpu_gives_the_virgl_capability_set",
+        run: virgl_capability_set,
+    },
+];
+
+/// `VIRTGPU_PARAM_3D_FEATURES` of virtgpu_drm.h.
+const PARAM_3D_FEATURES: u64 = 1;
+
+/// `VIRTIO_GPU_CAPSET_VIRGL` of virtio_gpu.h.
+const CAPSET_VIRGL: u32 = 1;
+
+fn three_d() -> Result<(), Failure> {
+    for kind in [Kind::Render, Kind::Card] {
+        let value = find("virtio_gpu", kind)?.virtgpu_parameter(PARAM_3D_FEATURES)?;
+        ensure!(
+            value == 1,
+            "GETPARAM of 3D_FEATURES on the {kind:?} node is {value}, not 1"
+        );
+    }
+    Ok(())
+}
+
+/// The set starts with its version and with bit masks of the formats that can be sampled (`union virgl_caps`):
+/// a GPU without formats is no GPU.
+fn virgl_capability_set() -> Result<(), Failure> {
+    let capabilities =
+        find("virtio_gpu", Kind::Render)?.virtgpu_capabilities(CAPSET_VIRGL, 1, 308)?;
+    let version = u32::from_le_bytes([
+        capabilities[0],
+        capabilities[1],
+        capabilities[2],
+        capabilities[3],
+    ]);
+    ensure!(
+        version == 1,
+        "the capability set says version {version}, not 1"
+    );
+    ensure!(
+        capabilities[4..68].iter().any(|byte| *byte != 0),
+        "no texture format can be sampled"
+    );
+    Ok(())
+}

@@ -1,0 +1,176 @@
+//! The initramfs of L1: a newc archive (Linux, Documentation/driver-api/early-userspace/buffer-format.rst) with
+//! our programs, the libraries they need, the kernel's modules, and the kernel itself for L2. Uncompressed,
+//! since unpacking is emulated and memory is not scarce.
+
+use std::collections::BTreeSet;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+
+use super::kernel::Kernel;
+use super::programs::Program;
+use super::{Error, file_error};
+use crate::command;
+
+/// A newc archive that is being written.
+struct Archive {
+    bytes: Vec<u8>,
+    folders: BTreeSet<PathBuf>,
+    entries: u32,
+}
+
+/// File types and permissions of entries (`stat.h`).
+mod mode {
+    pub const FOLDER: u32 = 0o040_755;
+    pub const FILE: u32 = 0o100_644;
+    pub const PROGRAM: u32 = 0o100_755;
+    pub const CHARACTER_DEVICE: u32 = 0o020_600;
+}
+
+impl Archive {
+    fn new() -> Self {
+        Archive {
+            bytes: Vec::new(),
+            folders: BTreeSet::new(),
+            entries: 0,
+        }
+    }
+
+    /// Adds one entry; its folder must be there. `device` is the (major, minor) of a device node.
+    fn entry(&mut self, name: &str, mode: u32, device: (u32, u32), data: &[u8]) {
+        self.entries += 1;
+        let size = u32::try_from(data.len()).expect("a file for L1 is smaller than 4 GiB");
+        let name_size = u32::try_from(name.len() + 1).expect("a path is short");
+        self.bytes.extend_from_slice(b"070701");
+        // ino, mode, uid, gid, nlink, mtime, filesize, devmajor, devminor, rdevmajor, rdevminor, namesize, check
+        let fields = [
+            self.entries,
+            mode,
+            0,
+            0,
+            1,
+            0,
+            size,
+            0,
+            0,
+            device.0,
+            device.1,
+            name_size,
+            0,
+        ];
+        for field in fields {
+            self.bytes
+                .extend_from_slice(format!("{field:08x}").as_bytes());
+        }
+        self.bytes.extend_from_slice(name.as_bytes());
+        self.bytes.push(0);
+        self.align();
+        self.bytes.extend_from_slice(data);
+        self.align();
+    }
+
+    /// Pads to a multiple of four bytes.
+    fn align(&mut self) {
+        self.bytes.resize(self.bytes.len().next_multiple_of(4), 0);
+    }
+
+    /// Adds the folder `path` and those above it.
+    fn folder(&mut self, path: &Path) {
+        if path.as_os_str().is_empty() || !self.folders.insert(path.to_owned()) {
+            return;
+        }
+        self.folder(path.parent().unwrap_or(Path::new("")));
+        self.entry(&path.to_string_lossy(), mode::FOLDER, (0, 0), &[]);
+    }
+
+    /// Adds the file `source` as `path` (relative to the root).
+    fn file(&mut self, path: &str, mode: u32, source: &Path) -> Result<(), Error> {
+        let data = fs::read(source).map_err(file_error("read", source))?;
+        self.folder(Path::new(path).parent().unwrap_or(Path::new("")));
+        self.entry(path, mode, (0, 0), &data);
+        Ok(())
+    }
+
+    /// The archive's bytes with its end mark.
+    fn finish(mut self) -> Vec<u8> {
+        self.entry("TRAILER!!!", 0, (0, 0), &[]);
+        self.bytes
+    }
+}
+
+/// Writes the initramfs of L1 to `image`.
+pub fn write(image: &Path, kernel: &Kernel, programs: &[Program]) -> Result<(), Error> {
+    let mut archive = Archive::new();
+    for folder in ["dev", "proc", "sys", "tmp", "bin"] {
+        archive.folder(Path::new(folder));
+    }
+    // The kernel opens it for /init before there is a devtmpfs.
+    archive.entry("dev/console", mode::CHARACTER_DEVICE, (5, 1), &[]);
+
+    let mut libraries = BTreeSet::new();
+    for program in programs {
+        let stripped = image.with_file_name(program.name);
+        command::capture(
+            Command::new("strip")
+                .arg("-o")
+                .arg(&stripped)
+                .arg(&program.path),
+        )?;
+        let path = if program.name == "l1-init" {
+            "init".to_owned()
+        } else {
+            format!("bin/{}", program.name)
+        };
+        archive.file(&path, mode::PROGRAM, &stripped)?;
+        libraries.extend(shared_libraries(&program.path));
+    }
+    for library in &libraries {
+        let path = library.to_string_lossy();
+        archive.file(path.trim_start_matches('/'), mode::PROGRAM, library)?;
+    }
+    archive.file("bin/busybox", mode::PROGRAM, Path::new("/bin/busybox"))?;
+
+    let mut order = String::new();
+    for (file, parameters) in &kernel.modules {
+        let name = file.file_name().unwrap_or_default().to_string_lossy();
+        archive.file(&format!("modules/{name}"), mode::FILE, file)?;
+        order.push_str(format!("{name} {parameters}").trim_end());
+        order.push('\n');
+    }
+    archive.entry("modules/order", mode::FILE, (0, 0), order.as_bytes());
+    archive.file("boot/vmlinux", mode::FILE, &kernel.elf)?;
+    archive.file("boot/bzImage", mode::FILE, &kernel.bzimage)?;
+    fs::write(image, archive.finish()).map_err(file_error("write", image))
+}
+
+/// The libraries that `program` is linked to, the dynamic linker included, by `ldd`. None for a static one.
+fn shared_libraries(program: &Path) -> Vec<PathBuf> {
+    let listed = command::text(Command::new("ldd").arg(program)).unwrap_or_default();
+    listed
+        .lines()
+        .filter_map(|line| line.split_whitespace().find(|word| word.starts_with('/')))
+        .map(PathBuf::from)
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_archive_is_what_cpio_reads() {
+        let mut archive = Archive::new();
+        archive.folder(Path::new("a/b"));
+        archive.entry("a/b/odd", mode::FILE, (0, 0), b"12345");
+        let bytes = archive.finish();
+        let text = String::from_utf8_lossy(&bytes);
+        let names: Vec<_> = text
+            .split("070701")
+            .skip(1)
+            .map(|entry| entry[104..].split('\0').next().unwrap())
+            .collect();
+        assert_eq!(names, ["a", "a/b", "a/b/odd", "TRAILER!!!"]);
+        assert_eq!(bytes.len() % 4, 0);
+        assert_eq!(text.find("12345").unwrap() % 4, 0);
+    }
+}

@@ -1,0 +1,452 @@
+//! Debian's kernel for L1 and L2, taken out of its package: the bzImage, the ELF file inside it, and the
+//! modules of [`MODULES`]. Cached by the package's version. It is never installed on this machine.
+
+use std::collections::HashMap;
+use std::fs;
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use super::{Error, file_error, packages, progress};
+use crate::command;
+
+/// The modules that L1 loads, with their parameters; what they depend on is found and loaded before them.
+pub const MODULES: &[(&str, &str)] = &[
+    ("kvm_amd", "nested=1"),
+    ("vgem", ""),
+    ("virtio_pci", ""), // what finds the GPU on the PCI bus
+    ("virtio_gpu", ""),
+];
+
+/// A kernel, ready to boot.
+pub struct Kernel {
+    /// For people, and in the cache's folder name: `linux-image-6.1.0-56-amd64 6.1.192-2`.
+    pub version: String,
+    /// The uncompressed kernel, loadable segments and notes only. Boots by PVH.
+    pub elf: PathBuf,
+    /// The kernel as Debian ships it.
+    pub bzimage: PathBuf,
+    /// Modules in loading order: file, parameters.
+    pub modules: Vec<(PathBuf, String)>,
+}
+
+/// Gives the kernel that apt has to offer, from the cache where it is already there.
+pub fn fetch(cache: &Path) -> Result<Kernel, Error> {
+    let (package, version) = candidate()?;
+    let folder = cache.join(format!("{package}_{version}"));
+    if !folder.exists() {
+        // A folder of the final name is complete: it is made under another name first.
+        let partial = cache.join("kernel.partial");
+        let _ = fs::remove_dir_all(&partial);
+        fs::create_dir_all(&partial).map_err(file_error("create", &partial))?;
+        extract(&package, &version, &partial)?;
+        fs::rename(&partial, &folder).map_err(file_error("create", &folder))?;
+    }
+    let order = folder.join("modules/order");
+    let modules = fs::read_to_string(&order).map_err(file_error("read", &order))?;
+    Ok(Kernel {
+        version: format!("{package} {version}"),
+        elf: folder.join("vmlinux"),
+        bzimage: folder.join("bzImage"),
+        modules: modules
+            .lines()
+            .map(|line| line.split_once(' ').unwrap_or((line, "")))
+            .map(|(file, parameters)| (folder.join("modules").join(file), parameters.to_owned()))
+            .collect(),
+    })
+}
+
+/// The name and version of the package behind `linux-image-amd64`.
+fn candidate() -> Result<(String, String), Error> {
+    let known = || {
+        let shown = command::text(Command::new("apt-cache").args([
+            "show",
+            "--no-all-versions",
+            "linux-image-amd64",
+        ]));
+        dependency(&shown.ok()?)
+    };
+    if let Some(found) = known() {
+        return Ok(found);
+    }
+    if packages::is_root() {
+        packages::update_lists()?;
+    }
+    known().ok_or(Error::NoKernelPackage)
+}
+
+/// Reads `Depends: linux-image-6.1.0-56-amd64 (= 6.1.192-2)`.
+fn dependency(shown: &str) -> Option<(String, String)> {
+    let depends = shown
+        .lines()
+        .find_map(|line| line.strip_prefix("Depends: "))?;
+    let (package, version) = depends
+        .split(',')
+        .find_map(|one| one.trim().split_once(" (= "))?;
+    let plain = |text: &str| {
+        let allowed = |byte: u8| byte.is_ascii_alphanumeric() || b".+-~_".contains(&byte);
+        (!text.is_empty() && text.bytes().all(allowed)).then(|| text.to_owned())
+    };
+    Some((plain(package)?, plain(version.trim_end_matches(')'))?))
+}
+
+/// Downloads the package into `folder` and leaves there only `vmlinux`, `bzImage` and `modules`.
+fn extract(package: &str, version: &str, folder: &Path) -> Result<(), Error> {
+    progress(format_args!(
+        "downloading {package} {version} (once, about 70 MB)"
+    ));
+    let download = || {
+        let mut apt = Command::new("apt-get");
+        // Without its own sandbox user apt needs no permission of others on our folder.
+        apt.args(["download", "--option=APT::Sandbox::User=root"])
+            .arg(format!("{package}={version}"))
+            .current_dir(folder);
+        apt
+    };
+    if let Err(error) = command::capture(&mut download()) {
+        if !packages::is_root() {
+            return Err(error.into());
+        }
+        packages::update_lists()?;
+        command::capture(&mut download())?;
+    }
+    progress(format_args!("extracting the kernel and its modules (once)"));
+    let archive = files_below(folder)?
+        .into_iter()
+        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
+        .ok_or(Error::NoKernelPackage)?;
+    let tree = folder.join("package");
+    command::capture(
+        Command::new("dpkg-deb")
+            .arg("--extract")
+            .arg(&archive)
+            .arg(&tree),
+    )?;
+    fs::remove_file(&archive).map_err(file_error("remove", &archive))?;
+
+    let files = files_below(&tree)?;
+    let shipped = files
+        .iter()
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
+        })
+        .ok_or(Error::NoKernelPackage)?;
+    let bzimage = folder.join("bzImage");
+    fs::rename(shipped, &bzimage).map_err(file_error("move", &bzimage))?;
+    let vmlinux = folder.join("vmlinux");
+    fs::write(&vmlinux, uncompressed_elf(&bzimage)?).map_err(file_error("write", &vmlinux))?;
+    extract_modules(&files, &folder.join("modules"))?;
+    fs::remove_dir_all(&tree).map_err(file_error("remove", &tree))
+}
+
+/// Puts the modules of [`MODULES`] and those they depend on into `folder`, uncompressed and without debug
+/// information, with a file `order` that lists them in loading order.
+fn extract_modules(files: &[PathBuf], folder: &Path) -> Result<(), Error> {
+    fs::create_dir_all(folder).map_err(file_error("create", folder))?;
+    let by_name: HashMap<String, &PathBuf> = files
+        .iter()
+        .filter_map(|path| Some((module_name(path)?, path)))
+        .collect();
+    let mut order: Vec<String> = Vec::new();
+    for (name, _) in MODULES {
+        place_module(name, &by_name, folder, &mut order)?;
+    }
+    let lines: String = order
+        .iter()
+        .map(|name| {
+            let parameters = MODULES
+                .iter()
+                .find(|(wanted, _)| wanted == name)
+                .map_or("", |(_, parameters)| parameters);
+            format!("{}\n", format!("{name}.ko {parameters}").trim_end())
+        })
+        .collect();
+    let list = folder.join("order");
+    fs::write(&list, lines).map_err(file_error("write", &list))
+}
+
+/// Places the module `name` after all that it depends on, unless it is already there.
+fn place_module(
+    name: &str,
+    files: &HashMap<String, &PathBuf>,
+    folder: &Path,
+    order: &mut Vec<String>,
+) -> Result<(), Error> {
+    if order.iter().any(|placed| placed == name) {
+        return Ok(());
+    }
+    let shipped = files
+        .get(name)
+        .ok_or_else(|| Error::NoModule(name.to_owned()))?;
+    let module = decompress(fs::read(shipped).map_err(file_error("read", *shipped))?)?;
+    for dependency in module_dependencies(&module) {
+        place_module(&dependency, files, folder, order)?;
+    }
+    let path = folder.join(format!("{name}.ko"));
+    fs::write(&path, module).map_err(file_error("write", &path))?;
+    command::capture(Command::new("strip").arg("--strip-debug").arg(&path))?;
+    order.push(name.to_owned());
+    Ok(())
+}
+
+/// `.../virtio-gpu.ko.xz` is the module `virtio_gpu`.
+fn module_name(path: &Path) -> Option<String> {
+    let name = path.file_name()?.to_str()?;
+    let (name, rest) = name.split_once(".ko")?;
+    (rest.is_empty() || rest.starts_with('.')).then(|| name.replace('-', "_"))
+}
+
+/// The names in the `depends=` entry of a module's `.modinfo` section.
+fn module_dependencies(module: &[u8]) -> Vec<String> {
+    let key = b"\0depends=";
+    let Some(start) = module.windows(key.len()).position(|window| window == key) else {
+        return Vec::new();
+    };
+    let value = module
+        .iter()
+        .skip(start + key.len())
+        .take_while(|byte| **byte != 0);
+    String::from_utf8_lossy(&value.copied().collect::<Vec<_>>())
+        .split(',')
+        .filter(|name| !name.is_empty())
+        .map(|name| name.replace('-', "_"))
+        .collect()
+}
+
+/// All regular files below `folder`.
+fn files_below(folder: &Path) -> Result<Vec<PathBuf>, Error> {
+    let mut files = Vec::new();
+    let mut folders = vec![folder.to_owned()];
+    while let Some(folder) = folders.pop() {
+        for entry in fs::read_dir(&folder).map_err(file_error("read", &folder))? {
+            let entry = entry.map_err(file_error("read", &folder))?;
+            let kind = entry
+                .file_type()
+                .map_err(file_error("read", entry.path()))?;
+            if kind.is_dir() {
+                folders.push(entry.path());
+            } else if kind.is_file() {
+                files.push(entry.path());
+            }
+        }
+    }
+    Ok(files)
+}
+
+/// How each compression starts, and the program that undoes it (standard input to standard output).
+const COMPRESSIONS: &[(&[u8], &[&str])] = &[
+    (
+        &[0xfd, b'7', b'z', b'X', b'Z', 0],
+        &["xz", "--decompress", "--stdout", "--single-stream"],
+    ),
+    (
+        &[0x28, 0xb5, 0x2f, 0xfd],
+        &["zstd", "--decompress", "--stdout"],
+    ),
+    (&[0x1f, 0x8b], &["gzip", "--decompress", "--stdout"]),
+];
+
+/// Gives `data` uncompressed, whatever it was compressed with.
+fn decompress(data: Vec<u8>) -> Result<Vec<u8>, Error> {
+    let Some((_, command)) = COMPRESSIONS
+        .iter()
+        .find(|(magic, _)| data.starts_with(magic))
+    else {
+        return Ok(data);
+    };
+    let mut program = Command::new(command[0]);
+    program
+        .args(&command[1..])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped());
+    let mut child = program
+        .spawn()
+        .map_err(|source| command::not_started(&program, source))?;
+    let input = child.stdin.take();
+    let output = std::thread::scope(|scope| {
+        // What follows the compressed data is not read by the program: an error of this write is not one.
+        scope.spawn(move || input.map(|mut input| input.write_all(&data)));
+        child.wait_with_output()
+    });
+    let output = output.map_err(|source| command::not_started(&program, source))?;
+    Ok(output.stdout)
+}
+
+/// Offsets in the setup header of a bzImage (Linux, Documentation/x86/boot.rst).
+mod setup_header {
+    /// Number of 512-byte setup sectors after the first; 0 means 4.
+    pub const SETUP_SECTS: usize = 0x1f1;
+    /// `HdrS`.
+    pub const HEADER: usize = 0x202;
+    /// Where the compressed kernel starts, counted from the protected-mode code.
+    pub const PAYLOAD_OFFSET: usize = 0x248;
+    /// Its length in bytes.
+    pub const PAYLOAD_LENGTH: usize = 0x24c;
+}
+
+/// Takes the ELF file out of a bzImage and keeps of it what a boot needs.
+fn uncompressed_elf(bzimage: &Path) -> Result<Vec<u8>, Error> {
+    let unusable = |reason| Error::Kernel {
+        path: bzimage.to_owned(),
+        reason,
+    };
+    let image = fs::read(bzimage).map_err(file_error("read", bzimage))?;
+    let payload = payload(&image).ok_or(unusable("it is not a bzImage"))?;
+    let elf = decompress(payload.to_vec())?;
+    loadable(&elf).ok_or(unusable("there is no 64-bit ELF kernel inside"))
+}
+
+/// The compressed kernel inside a bzImage.
+fn payload(image: &[u8]) -> Option<&[u8]> {
+    if image.get(setup_header::HEADER..)?.get(..4)? != b"HdrS" {
+        return None;
+    }
+    let sectors = match *image.get(setup_header::SETUP_SECTS)? {
+        0 => 4,
+        sectors => usize::from(sectors),
+    };
+    let start = (sectors + 1) * 512
+        + usize::try_from(number::<4>(image, setup_header::PAYLOAD_OFFSET)?).ok()?;
+    let length = usize::try_from(number::<4>(image, setup_header::PAYLOAD_LENGTH)?).ok()?;
+    image.get(start..)?.get(..length)
+}
+
+/// Offsets in the header and in the program headers of a 64-bit ELF file (ELF-64 object file format 1.5).
+mod elf {
+    pub const HEADER_SIZE: usize = 64;
+    pub const E_PHOFF: usize = 0x20;
+    pub const E_SHOFF: usize = 0x28;
+    pub const E_PHENTSIZE: usize = 0x36;
+    pub const E_PHNUM: usize = 0x38;
+    pub const E_SHENTSIZE: usize = 0x3a;
+    pub const PROGRAM_HEADER_SIZE: usize = 56;
+    pub const P_OFFSET: usize = 0x08;
+    pub const P_FILESZ: usize = 0x20;
+    pub const PT_LOAD: u64 = 1;
+    pub const PT_NOTE: u64 = 4;
+}
+
+/// A copy of an ELF file with only its PT_LOAD and PT_NOTE segments, and no sections.
+fn loadable(file: &[u8]) -> Option<Vec<u8>> {
+    const ELF64_LITTLE_ENDIAN: &[u8] = &[0x7f, b'E', b'L', b'F', 2, 1];
+    if !file.starts_with(ELF64_LITTLE_ENDIAN) {
+        return None;
+    }
+    let table = usize::try_from(number::<8>(file, elf::E_PHOFF)?).ok()?;
+    let entry_size = usize::try_from(number::<2>(file, elf::E_PHENTSIZE)?).ok()?;
+    let count = usize::try_from(number::<2>(file, elf::E_PHNUM)?).ok()?;
+    let mut kept = Vec::new();
+    for index in 0..count {
+        let header = file
+            .get(table + index * entry_size..)?
+            .get(..elf::PROGRAM_HEADER_SIZE)?;
+        if [elf::PT_LOAD, elf::PT_NOTE].contains(&number::<4>(header, 0)?) {
+            kept.push(header.to_vec());
+        }
+    }
+    let mut output = file.get(..elf::HEADER_SIZE)?.to_vec();
+    put(
+        &mut output,
+        elf::E_PHOFF,
+        &(elf::HEADER_SIZE as u64).to_le_bytes(),
+    )?;
+    put(&mut output, elf::E_SHOFF, &[0; 8])?;
+    put(
+        &mut output,
+        elf::E_PHNUM,
+        &u16::try_from(kept.len()).ok()?.to_le_bytes(),
+    )?;
+    put(&mut output, elf::E_SHENTSIZE, &[0; 6])?; // and e_shnum, e_shstrndx after it
+    let mut contents = Vec::new();
+    let contents_start = elf::HEADER_SIZE + kept.len() * elf::PROGRAM_HEADER_SIZE;
+    for mut header in kept {
+        let offset = usize::try_from(number::<8>(&header, elf::P_OFFSET)?).ok()?;
+        let size = usize::try_from(number::<8>(&header, elf::P_FILESZ)?).ok()?;
+        put(
+            &mut header,
+            elf::P_OFFSET,
+            &((contents_start + contents.len()) as u64).to_le_bytes(),
+        )?;
+        contents.extend_from_slice(file.get(offset..)?.get(..size)?);
+        output.extend_from_slice(&header);
+    }
+    output.extend_from_slice(&contents);
+    Some(output)
+}
+
+/// The little-endian number of `N` bytes at `offset`.
+fn number<const N: usize>(bytes: &[u8], offset: usize) -> Option<u64> {
+    let field = bytes.get(offset..)?.get(..N)?;
+    Some(
+        field
+            .iter()
+            .rev()
+            .fold(0, |value, byte| value << 8 | u64::from(*byte)),
+    )
+}
+
+/// Writes `value` at `offset`.
+fn put(bytes: &mut [u8], offset: usize, value: &[u8]) -> Option<()> {
+    bytes
+        .get_mut(offset..)?
+        .get_mut(..value.len())?
+        .copy_from_slice(value);
+    Some(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_kernel_package_is_read_from_what_apt_shows() {
+        let shown = "Package: linux-image-amd64\nDepends: linux-image-6.1.0-56-amd64 (= 6.1.192-2)\nSize: 1\n";
+        let expected = (
+            "linux-image-6.1.0-56-amd64".to_owned(),
+            "6.1.192-2".to_owned(),
+        );
+        assert_eq!(dependency(shown), Some(expected));
+        assert_eq!(dependency("Depends: a (= ../../b)"), None);
+    }
+
+    #[test]
+    fn modules_have_the_names_that_dependencies_use() {
+        assert_eq!(
+            module_name(Path::new("a/virtio-gpu.ko.xz")).as_deref(),
+            Some("virtio_gpu")
+        );
+        assert_eq!(
+            module_name(Path::new("a/kvm-amd.ko")).as_deref(),
+            Some("kvm_amd")
+        );
+        assert_eq!(module_name(Path::new("a/modules.koala")), None);
+        assert_eq!(
+            module_dependencies(b"x\0depends=drm,virtio-ring\0y"),
+            ["drm", "virtio_ring"]
+        );
+        assert_eq!(module_dependencies(b"x\0depends=\0y"), [""; 0]);
+    }
+
+    #[test]
+    fn only_loadable_segments_and_notes_of_a_kernel_are_kept() {
+        let mut file = vec![0; 64];
+        file[..6].copy_from_slice(&[0x7f, b'E', b'L', b'F', 2, 1]);
+        put(&mut file, elf::E_PHOFF, &64u64.to_le_bytes()).unwrap();
+        put(&mut file, elf::E_PHENTSIZE, &56u16.to_le_bytes()).unwrap();
+        put(&mut file, elf::E_PHNUM, &3u16.to_le_bytes()).unwrap();
+        for (kind, offset) in [(1u32, 300u64), (7, 310), (4, 320)] {
+            let mut header = vec![0; 56];
+            put(&mut header, 0, &kind.to_le_bytes()).unwrap();
+            put(&mut header, elf::P_OFFSET, &offset.to_le_bytes()).unwrap();
+            put(&mut header, elf::P_FILESZ, &10u64.to_le_bytes()).unwrap();
+            file.extend(header);
+        }
+        file.resize(300, 0);
+        file.extend(b"loadable__tls_______note______section");
+        let kept = loadable(&file).unwrap();
+        assert_eq!(number::<2>(&kept, elf::E_PHNUM), Some(2));
+        assert_eq!(number::<8>(&kept, 64 + 56 + elf::P_OFFSET), Some(186));
+        assert_eq!(&kept[176..], b"loadable__note______");
+    }
+}

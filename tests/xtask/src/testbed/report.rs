@@ -1,0 +1,174 @@
+//! What the tests in L1 say on the console, line by line, and what becomes of it. The lines are written by
+//! `tests/e2e/src/testbed.rs`: `start NAME`, then `ok NAME MILLISECONDS` or `FAILED NAME REASON`; at the end
+//! `N passed, N failed`. Everything else is for people.
+
+use std::time::Duration;
+
+use serde_json::{Value, json};
+
+/// The result of one test.
+struct Outcome {
+    name: String,
+    milliseconds: Option<u64>,
+    failure: Option<String>,
+}
+
+/// All results so far, and the test that is running.
+#[derive(Default)]
+pub struct Report {
+    outcomes: Vec<Outcome>,
+    running: Option<String>,
+    announced: Option<(usize, usize)>,
+    exit_code: Option<u8>,
+}
+
+impl Report {
+    /// Takes in one line of the console. Says whether people should see it.
+    pub fn line(&mut self, line: &str) -> bool {
+        let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
+        let (name, detail) = rest.split_once(' ').unwrap_or((rest, ""));
+        let mine = self.running.as_deref() == Some(name);
+        match word {
+            "start" if !name.is_empty() && detail.is_empty() => {
+                self.running = Some(name.to_owned());
+                return false;
+            }
+            "ok" if mine => self.end(name, detail.parse().ok(), None),
+            "FAILED" if mine => self.end(name, None, Some(detail.to_owned())),
+            _ => self.announced = announced(line).or(self.announced),
+        }
+        true
+    }
+
+    fn end(&mut self, name: &str, milliseconds: Option<u64>, failure: Option<String>) {
+        self.outcomes.push(Outcome {
+            name: name.to_owned(),
+            milliseconds,
+            failure,
+        });
+        self.running = None;
+    }
+
+    /// The exit code that L1 gave.
+    pub fn exit(&mut self, code: u8) {
+        self.exit_code = Some(code);
+    }
+
+    /// For an error message: what L1 was doing.
+    pub fn doing(&self) -> String {
+        match (&self.running, self.outcomes.last()) {
+            (Some(name), _) => format!("during the test {name}"),
+            (None, Some(last)) => format!("after the test {}", last.name),
+            (None, None) => "before the first test".to_owned(),
+        }
+    }
+
+    /// How many tests passed, how many failed.
+    fn counts(&self) -> (usize, usize) {
+        let failed = self
+            .outcomes
+            .iter()
+            .filter(|outcome| outcome.failure.is_some())
+            .count();
+        (self.outcomes.len() - failed, failed)
+    }
+
+    /// Whether there were tests, all passed, and L1 itself says the same: a line lost on the way or a
+    /// program that died does not look like success.
+    pub fn passed(&self) -> bool {
+        let (passed, failed) = self.counts();
+        passed > 0
+            && failed == 0
+            && self.announced == Some((passed, 0))
+            && self.exit_code == Some(0)
+    }
+
+    /// One line for people.
+    pub fn summary(&self) -> String {
+        match (self.counts(), self.exit_code) {
+            ((passed, 0), Some(0)) if self.passed() => {
+                format!("testbed: all {passed} tests passed")
+            }
+            ((0, 0), _) => "testbed: no test ran".to_owned(),
+            ((passed, 0), code) => format!(
+                "testbed: {passed} tests passed, but L1 ended with code {} and {}",
+                code.map_or("none".to_owned(), |code| code.to_string()),
+                self.announced
+                    .map_or("no final line".to_owned(), |(p, f)| format!(
+                        "announced {p} passed, {f} failed"
+                    )),
+            ),
+            ((passed, failed), _) => format!("testbed: {failed} tests FAILED, {passed} passed"),
+        }
+    }
+
+    /// The same for programs: `{kernel, seconds, passed, tests: [{name, passed, milliseconds, failure}]}`.
+    pub fn json(&self, kernel: &str, duration: Duration) -> Value {
+        let tests: Vec<Value> = self
+            .outcomes
+            .iter()
+            .map(|outcome| {
+                json!({
+                    "name": outcome.name,
+                    "passed": outcome.failure.is_none(),
+                    "milliseconds": outcome.milliseconds,
+                    "failure": outcome.failure,
+                })
+            })
+            .collect();
+        json!({ "kernel": kernel, "seconds": duration.as_secs_f64(), "passed": self.passed(), "tests": tests })
+    }
+}
+
+/// Reads `N passed, N failed`.
+fn announced(line: &str) -> Option<(usize, usize)> {
+    let (passed, failed) = line.split_once(" passed, ")?;
+    Some((
+        passed.parse().ok()?,
+        failed.strip_suffix(" failed")?.parse().ok()?,
+    ))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn report(lines: &[&str], code: u8) -> Report {
+        let mut report = Report::default();
+        for line in lines {
+            report.line(line);
+        }
+        report.exit(code);
+        report
+    }
+
+    #[test]
+    fn a_run_passes_only_when_every_test_the_last_line_and_the_exit_code_say_so() {
+        let all = ["start a", "ok a 12", "1 passed, 0 failed"];
+        assert!(report(&all, 0).passed());
+        assert!(!report(&all, 1).passed());
+        assert!(!report(&all[..2], 0).passed());
+        assert!(!report(&["0 passed, 0 failed"], 0).passed());
+        assert!(!report(&["start a", "ok a 12", "2 passed, 0 failed"], 0).passed());
+        assert!(!report(&["start a", "FAILED a why", "0 passed, 1 failed"], 0).passed());
+    }
+
+    #[test]
+    fn the_running_test_is_named_until_it_ends() {
+        let mut report = Report::default();
+        assert_eq!(report.doing(), "before the first test");
+        assert!(!report.line("start a"));
+        assert_eq!(report.doing(), "during the test a");
+        assert!(report.line("FAILED a it broke"));
+        assert_eq!(report.doing(), "after the test a");
+        assert_eq!(
+            report.json("k", Duration::ZERO)["tests"][0]["failure"],
+            "it broke"
+        );
+    }
+
+    #[test]
+    fn a_line_that_only_looks_like_a_result_is_not_one() {
+        assert!(!report(&["ok a 12", "1 passed, 0 failed"], 0).passed());
+    }
+}
