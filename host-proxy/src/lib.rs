@@ -1,1 +1,29 @@
-//! pvgpu-host-proxy
+//! The host side of pvgpu: copies a guest's request once, validates it by schema and performs it.
+//!
+//! Data flows one way: [`device`] takes a descriptor chain from a virtqueue, [`session`] decodes the copy,
+//! [`call`] validates an ioctl by its schema, a [`driver::HostDriver`] performs it, and the response goes back.
+//! Nothing here knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
+//! interrupts.
+
+#![warn(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::expect_used,
+        clippy::indexing_slicing,
+        clippy::cast_possible_truncation
+    )
+)]
+
+pub mod call;
+pub mod cancel;
+pub mod clock;
+pub mod driver;
+
+pub use pvgpu_protocol::{Errno, control::Limits};
