@@ -4,7 +4,7 @@
 //! One file per step: [`packages`] -> [`kernel`] -> [`programs`] -> [`initramfs`] -> [`machine`]. This
 //! file holds the arguments and the order of the steps.
 
-use std::fs;
+use std::fs::{self, File};
 use std::io;
 use std::path::PathBuf;
 use std::process::ExitCode;
@@ -177,11 +177,16 @@ fn steps(arguments: &Arguments) -> Result<bool, Error> {
     let cache = programs::target_directory()?.join("testbed");
     fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
 
+    // Two runs at once share the cache: one prepares it at a time.
+    let lock_path = cache.join("lock");
+    let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
+    lock.lock().map_err(file_error("lock", &lock_path))?;
     packages::install_missing()?;
     let kernel = kernel::fetch(&cache)?;
     let programs = programs::build()?;
     let image = cache.join("initramfs.cpio");
     initramfs::write(&image, &kernel, &programs)?;
+    drop(lock);
 
     let machine = machine::Machine {
         kernel: &kernel.elf,

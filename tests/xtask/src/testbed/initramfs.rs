@@ -91,6 +91,38 @@ impl Archive {
         Ok(())
     }
 
+    /// Adds `programs` without their debug information, and the libraries they need. The one called `init` becomes
+    /// `/init`, the others are in `/bin`. Stripped copies are left beside `image`.
+    fn programs<'a>(
+        &mut self,
+        programs: impl IntoIterator<Item = &'a Program>,
+        init: &str,
+        image: &Path,
+    ) -> Result<(), Error> {
+        let mut libraries = BTreeSet::new();
+        for program in programs {
+            let stripped = image.with_file_name(program.name);
+            command::capture(
+                Command::new("strip")
+                    .arg("-o")
+                    .arg(&stripped)
+                    .arg(&program.path),
+            )?;
+            let path = if program.name == init {
+                "init".to_owned()
+            } else {
+                format!("bin/{}", program.name)
+            };
+            self.file(&path, mode::PROGRAM, &stripped)?;
+            libraries.extend(shared_libraries(&program.path));
+        }
+        for library in &libraries {
+            let path = library.to_string_lossy();
+            self.file(path.trim_start_matches('/'), mode::PROGRAM, library)?;
+        }
+        Ok(())
+    }
+
     /// The archive's bytes with its end mark.
     fn finish(mut self) -> Vec<u8> {
         self.entry("TRAILER!!!", 0, (0, 0), &[]);
@@ -101,33 +133,12 @@ impl Archive {
 /// Writes the initramfs of L1 to `image`.
 pub fn write(image: &Path, kernel: &Kernel, programs: &[Program]) -> Result<(), Error> {
     let mut archive = Archive::new();
-    for folder in ["dev", "proc", "sys", "tmp", "bin"] {
+    for folder in ["dev", "proc", "sys", "tmp"] {
         archive.folder(Path::new(folder));
     }
     // The kernel opens it for /init before there is a devtmpfs.
     archive.entry("dev/console", mode::CHARACTER_DEVICE, (5, 1), &[]);
-
-    let mut libraries = BTreeSet::new();
-    for program in programs {
-        let stripped = image.with_file_name(program.name);
-        command::capture(
-            Command::new("strip")
-                .arg("-o")
-                .arg(&stripped)
-                .arg(&program.path),
-        )?;
-        let path = if program.name == "l1-init" {
-            "init".to_owned()
-        } else {
-            format!("bin/{}", program.name)
-        };
-        archive.file(&path, mode::PROGRAM, &stripped)?;
-        libraries.extend(shared_libraries(&program.path));
-    }
-    for library in &libraries {
-        let path = library.to_string_lossy();
-        archive.file(path.trim_start_matches('/'), mode::PROGRAM, library)?;
-    }
+    archive.programs(programs, "l1-init", image)?;
     archive.file("bin/busybox", mode::PROGRAM, Path::new("/bin/busybox"))?;
 
     let mut order = String::new();
@@ -140,7 +151,26 @@ pub fn write(image: &Path, kernel: &Kernel, programs: &[Program]) -> Result<(), 
     archive.entry("modules/order", mode::FILE, (0, 0), order.as_bytes());
     archive.file("boot/vmlinux", mode::FILE, &kernel.elf)?;
     archive.file("boot/bzImage", mode::FILE, &kernel.bzimage)?;
-    fs::write(image, archive.finish()).map_err(file_error("write", image))
+    archive.entry("boot/l2.cpio", mode::FILE, (0, 0), &guest(image, programs)?);
+    // A machine of another run may be about to read the image: it gets the old one or the new one, whole.
+    let partial = image.with_extension("partial");
+    fs::write(&partial, archive.finish()).map_err(file_error("write", &partial))?;
+    fs::rename(&partial, image).map_err(file_error("write", image))
+}
+
+/// The initramfs of a Linux in L2: `l2-init` and nothing else.
+fn guest(image: &Path, programs: &[Program]) -> Result<Vec<u8>, Error> {
+    let mut archive = Archive::new();
+    for folder in ["dev", "proc"] {
+        archive.folder(Path::new(folder));
+    }
+    archive.entry("dev/console", mode::CHARACTER_DEVICE, (5, 1), &[]);
+    let init: Vec<&Program> = programs
+        .iter()
+        .filter(|program| program.name == "l2-init")
+        .collect();
+    archive.programs(init, "l2-init", image)?;
+    Ok(archive.finish())
 }
 
 /// The libraries that `program` is linked to, the dynamic linker included, by `ldd`. None for a static one.

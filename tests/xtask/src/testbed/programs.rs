@@ -18,7 +18,11 @@ pub struct Program {
 }
 
 /// Package and program. The release profile, since L1 is emulated.
-const PROGRAMS: &[(&str, &str)] = &[("pvgpu-e2e", "l1-init"), ("pvgpu-e2e", "l1-tests")];
+const PROGRAMS: &[(&str, &str)] = &[
+    ("pvgpu-e2e", "l1-init"),
+    ("pvgpu-e2e", "l1-tests"),
+    ("pvgpu-e2e", "l2-init"),
+];
 
 /// The folder that cargo builds into.
 pub fn target_directory() -> Result<PathBuf, Error> {
