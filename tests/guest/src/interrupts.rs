@@ -1,0 +1,104 @@
+//! Interrupts: local APIC and I/O APIC, and waiting for them.
+//!
+//! The handler (`ring0/traps.s`) counts each interrupt by vector and acknowledges it; whoever waits for one compares counters.
+
+use core::sync::atomic::Ordering;
+
+use crate::ring0;
+
+/// Vector of global system interrupt 0.
+const GSI_VECTOR: u8 = 32;
+/// Vector of the local APIC's timer.
+const TIMER_VECTOR: u8 = 62;
+/// Vector of the local APIC's spurious interrupts.
+const SPURIOUS_VECTOR: u8 = 63;
+/// Pins of the I/O APIC of a PC.
+const IO_APIC_PINS: u8 = 24;
+
+/// Registers of the local APIC (Intel SDM volume 3, table 11-1).
+mod local_apic {
+    pub const ID: u32 = 0xfee0_0020;
+    pub const SPURIOUS: u32 = 0xfee0_00f0;
+    pub const TIMER: u32 = 0xfee0_0320;
+    pub const TIMER_INITIAL_COUNT: u32 = 0xfee0_0380;
+    pub const TIMER_DIVIDE: u32 = 0xfee0_03e0;
+    /// In SPURIOUS: the APIC is on.
+    pub const ENABLE: u32 = 0x100;
+    /// In TIMER: no interrupt.
+    pub const MASKED: u32 = 0x1_0000;
+    /// In TIMER_DIVIDE: count every tick of the bus clock, 1 GHz under KVM.
+    pub const DIVIDE_BY_1: u32 = 0xb;
+}
+
+/// Registers of the I/O APIC (82093AA data sheet).
+mod io_apic {
+    pub const SELECT: u32 = 0xfec0_0000;
+    pub const WINDOW: u32 = 0xfec0_0010;
+    /// First half of pin 0's redirection entry; each pin has two.
+    pub const REDIRECTION: u32 = 0x10;
+}
+
+/// An interrupt line that the guest listens to.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Interrupt {
+    vector: u8,
+}
+
+/// Switches the local APIC on, with its timer quiet.
+pub fn start() {
+    ring0::interrupt_controller_write(
+        local_apic::SPURIOUS,
+        local_apic::ENABLE | u32::from(SPURIOUS_VECTOR),
+    );
+    ring0::interrupt_controller_write(
+        local_apic::TIMER,
+        local_apic::MASKED | u32::from(TIMER_VECTOR),
+    );
+    ring0::interrupt_controller_write(local_apic::TIMER_DIVIDE, local_apic::DIVIDE_BY_1);
+}
+
+/// Interrupts taken so far on all lines.
+pub fn count() -> u32 {
+    ring0::interrupts()[0].load(Ordering::Acquire)
+}
+
+/// Halts until an interrupt of any line arrives, unless [`count`] is no longer `seen`.
+pub fn sleep(seen: u32) {
+    ring0::sleep_while(&ring0::interrupts()[0], seen);
+}
+
+/// Halts as [`sleep`] does, but no longer than about `nanoseconds` (at most 4.29 s): the local APIC's timer ends it.
+pub fn sleep_at_most(seen: u32, nanoseconds: u64) {
+    let ticks = u32::try_from(nanoseconds).unwrap_or(u32::MAX).max(1);
+    ring0::interrupt_controller_write(local_apic::TIMER, u32::from(TIMER_VECTOR));
+    ring0::interrupt_controller_write(local_apic::TIMER_INITIAL_COUNT, ticks);
+    sleep(seen);
+    ring0::interrupt_controller_write(local_apic::TIMER_INITIAL_COUNT, 0);
+}
+
+impl Interrupt {
+    /// The interrupt of the local APIC's timer.
+    pub const TIMER: Self = Self {
+        vector: TIMER_VECTOR,
+    };
+
+    /// Starts to listen to a global system interrupt, edge triggered. Nothing when the machine has no such line.
+    pub fn listen(gsi: u8) -> Option<Self> {
+        if gsi >= IO_APIC_PINS {
+            return None;
+        }
+        let vector = GSI_VECTOR + gsi;
+        let destination = ring0::interrupt_controller_read(local_apic::ID) & 0xff00_0000;
+        let entry = io_apic::REDIRECTION + 2 * u32::from(gsi);
+        for (register, value) in [(entry + 1, destination), (entry, u32::from(vector))] {
+            ring0::interrupt_controller_write(io_apic::SELECT, register);
+            ring0::interrupt_controller_write(io_apic::WINDOW, value);
+        }
+        Some(Self { vector })
+    }
+
+    /// How often it has been taken.
+    pub fn count(self) -> u32 {
+        ring0::interrupts()[usize::from(self.vector)].load(Ordering::Acquire)
+    }
+}

@@ -1,0 +1,50 @@
+//! What the guest can be asked to do: one file and one row of [`ALL`] per scenario.
+
+use alloc::string::String;
+
+use crate::machine::Machine;
+
+mod fault;
+mod hello;
+mod interrupts;
+mod memory;
+
+/// Something to do.
+#[derive(Debug)]
+pub struct Scenario {
+    /// What `scenario=` on the command line calls it.
+    pub name: &'static str,
+    /// What it shows, in a line.
+    pub about: &'static str,
+    /// Does it. The error is a line for the console.
+    pub run: fn(&Machine) -> Result<(), String>,
+}
+
+/// All of them.
+pub const ALL: &[Scenario] = &[
+    Scenario {
+        name: "hello",
+        about: "prints what the machine is",
+        run: hello::run,
+    },
+    Scenario {
+        name: "interrupts",
+        about: "takes interrupts from timer and serial port",
+        run: interrupts::run,
+    },
+    Scenario {
+        name: "memory",
+        about: "checks copying, filling, comparing and allocating memory",
+        run: memory::run,
+    },
+    Scenario {
+        name: "fault",
+        about: "breaks as fault= says; the exit code tells how",
+        run: fault::run,
+    },
+];
+
+/// The scenario with this name.
+pub fn find(name: &str) -> Option<&'static Scenario> {
+    ALL.iter().find(|scenario| scenario.name == name)
+}
