@@ -13,6 +13,8 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use crate::command::CommandError;
+use machine::{Ended, Machine};
+use report::Report;
 
 mod initramfs;
 mod kernel;
@@ -34,6 +36,10 @@ pub struct Arguments {
     /// Give a console inside L1 instead of running the tests
     #[arg(long, conflicts_with_all = ["filter", "json"])]
     shell: bool,
+
+    /// Run one command line in L1 instead of the tests; its exit code becomes the task's
+    #[arg(long, value_name = "COMMAND", value_parser = command_line, conflicts_with_all = ["shell", "filter", "json", "keep_going"])]
+    run: Option<String>,
 
     /// Run only the tests whose names contain this text
     #[arg(long, value_name = "TEXT", value_parser = filter)]
@@ -67,6 +73,18 @@ fn filter(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err("test names are made of letters, digits and underscores".to_owned())
+    }
+}
+
+/// A command line travels on L1's kernel command line too, within one pair of double quotes.
+fn command_line(text: &str) -> Result<String, String> {
+    const LONGEST: usize = 1024;
+    if text.contains(['"', '\n']) || text.is_empty() || text.len() > LONGEST {
+        Err(format!(
+            "it must be one line of 1 to {LONGEST} bytes without double quotes"
+        ))
+    } else {
+        Ok(text.to_owned())
     }
 }
 
@@ -162,55 +180,73 @@ fn progress(text: std::fmt::Arguments) {
 
 /// Runs the task; everything that goes wrong is one line on standard error.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    match steps(arguments) {
-        Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
-        Err(error) => {
+    let code = prepare().and_then(|machine| {
+        if arguments.shell {
+            progress(format_args!(
+                "{} in L1; Ctrl-A x ends the machine",
+                machine.version
+            ));
+            return Ok(u8::from(!machine.shell()?));
+        }
+        progress(format_args!("{} in L1", machine.version));
+        match &arguments.run {
+            Some(line) => program(&machine, line, arguments.time_limit),
+            None => tests(&machine, arguments),
+        }
+    });
+    code.map_or_else(
+        |error| {
             eprintln!("cargo xtask testbed: {error}");
             ExitCode::from(2)
-        }
-    }
+        },
+        ExitCode::from,
+    )
 }
 
-/// The steps in their order. True when every test passed.
-fn steps(arguments: &Arguments) -> Result<bool, Error> {
+/// Everything up to a machine that can be started, with the programs as they are now.
+pub fn prepare() -> Result<Machine, Error> {
     let cache = programs::target_directory()?.join("testbed");
     fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
-
     // Two runs at once share the cache: one prepares it at a time.
     let lock_path = cache.join("lock");
     let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
     lock.lock().map_err(file_error("lock", &lock_path))?;
+
     packages::install_missing()?;
     let kernel = kernel::fetch(&cache)?;
     let programs = programs::build()?;
-    let image = cache.join("initramfs.cpio");
-    initramfs::write(&image, &kernel, &programs)?;
-    drop(lock);
+    let initramfs = cache.join("initramfs.cpio");
+    initramfs::write(&initramfs, &kernel, &programs)?;
+    Ok(Machine {
+        version: kernel.version,
+        kernel: kernel.elf,
+        initramfs,
+        console_log: cache.join("console.log"),
+        qemu_log: cache.join("qemu.log"),
+    })
+}
 
-    let machine = machine::Machine {
-        kernel: &kernel.elf,
-        initramfs: &image,
-        cache: &cache,
-    };
-    if arguments.shell {
-        progress(format_args!(
-            "{} in L1; Ctrl-A x ends the machine",
-            kernel.version
-        ));
-        return machine.shell();
+/// Runs the tests. Gives the task's exit code.
+fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
+    let mut words = vec!["l1-tests"];
+    if arguments.keep_going {
+        words.push("--keep-going");
     }
-    progress(format_args!("{} in L1", kernel.version));
+    if let Some(filter) = &arguments.filter {
+        words.extend(["--filter", filter]);
+    }
     let started = Instant::now();
-    let limit = Duration::from_secs(arguments.time_limit);
-    let report = machine.tests(
-        limit,
-        arguments.filter.as_deref(),
-        arguments.keep_going,
-        !arguments.json,
-    )?;
+    let mut report = Report::default();
+    let ended = machine.run(&words, Duration::from_secs(arguments.time_limit), |line| {
+        if report.line(line) && !arguments.json {
+            println!("{line}");
+        }
+    })?;
+    report.exit(code(machine, ended, arguments.time_limit, || {
+        report.doing()
+    })?);
     if arguments.json {
-        println!("{}", report.json(&kernel.version, started.elapsed()));
+        println!("{}", report.json(&machine.version, started.elapsed()));
     } else {
         println!(
             "{} ({:.1} s)",
@@ -218,5 +254,37 @@ fn steps(arguments: &Arguments) -> Result<bool, Error> {
             started.elapsed().as_secs_f64()
         );
     }
-    Ok(report.passed())
+    Ok(u8::from(!report.passed()))
+}
+
+/// Runs one command of L1 and prints what it writes. Gives the command's exit code.
+fn program(machine: &Machine, line: &str, seconds: u64) -> Result<u8, Error> {
+    let words = ["busybox", "sh", "-c", line];
+    let ended = machine.run(&words, Duration::from_secs(seconds), |line| {
+        println!("{line}")
+    })?;
+    code(machine, ended, seconds, || format!("during `{line}`"))
+}
+
+/// The exit code of what L1 ran, or the error that says why there is none.
+fn code(
+    machine: &Machine,
+    ended: Ended,
+    seconds: u64,
+    doing: impl Fn() -> String,
+) -> Result<u8, Error> {
+    let log = machine.console_log.clone();
+    match ended {
+        Ended::Code(code) => Ok(code),
+        Ended::TimeLimit => Err(Error::TimeLimit {
+            seconds,
+            doing: doing(),
+            log,
+        }),
+        Ended::NoCode(reason) => Err(Error::NoResult {
+            doing: doing(),
+            reason,
+            log,
+        }),
+    }
 }

@@ -1,5 +1,5 @@
-//! `/init` of the testbed's L1: mounts what programs expect, loads the drivers, keeps one KVM VM open, runs the
-//! tests (`init tests [ARGUMENTS OF l1-tests]`) or a console (`init shell`), and ends the machine with an exit code
+//! `/init` of the testbed's L1: mounts what programs expect, loads the drivers, keeps one KVM VM open, runs a
+//! program of `/bin` (`init run PROGRAM ARGUMENTS`) or a console (`init shell`), and ends the machine with an exit code
 //! that `cargo xtask testbed` takes. It is the first process of a machine of its own and good for nothing else.
 
 use std::fs::{self, File, OpenOptions};
@@ -14,6 +14,9 @@ use pvgpu_e2e::syscall;
 /// `tests/xtask/src/testbed/machine.rs` has the same numbers.
 const EXIT_PORT: u64 = 0xf4;
 const EXIT_CODE_BASE: u8 = 0x10;
+
+/// The commands of the console.
+const BUSYBOX: &str = "/bin/busybox";
 
 /// Exit codes beside those of `l1-tests`.
 const CANNOT_START: u8 = 3;
@@ -54,14 +57,20 @@ fn start() -> Result<u8, String> {
         syscall::mount(kind, target)
             .map_err(because(&format!("mount {}", target.to_string_lossy())))?;
     }
+    code_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
     load_modules()?;
     let _keeper = keep_a_vm()?;
     let mut arguments = std::env::args().skip(1);
-    match arguments.next().as_deref() {
-        Some("tests") => code_of(Command::new("/bin/l1-tests").args(arguments)),
-        Some("shell") => shell(),
+    match (arguments.next().as_deref(), arguments.next()) {
+        (Some("run"), Some(program)) => code_of(
+            Command::new(format!("/bin/{program}"))
+                .args(arguments)
+                .env("PATH", "/bin")
+                .env("HOME", "/"),
+        ),
+        (Some("shell"), None) => shell(),
         other => Err(format!(
-            "neither `tests` nor `shell` but {other:?} was asked for"
+            "asked for {other:?}, which is neither `run PROGRAM` nor `shell`"
         )),
     }
 }
@@ -93,14 +102,12 @@ fn keep_a_vm() -> Result<(VmFd, VcpuFd), String> {
 
 /// A console for people.
 fn shell() -> Result<u8, String> {
-    let busybox = "/bin/busybox";
-    code_of(Command::new(busybox).args(["--install", "-s", "/bin"]))?;
     println!(
         "L1 of the testbed. `l1-tests --list` names the tests; `exit` or Ctrl-A x ends the machine."
     );
-    let mut shell = Command::new(busybox);
+    let mut shell = Command::new(BUSYBOX);
     shell
-        .args(["setsid", "-c", busybox, "sh", "-l"])
+        .args(["setsid", "-c", BUSYBOX, "sh", "-l"])
         .env("PATH", "/bin")
         .env("HOME", "/")
         .env("PS1", "L1:\\w# ");

@@ -9,7 +9,6 @@ use std::process::{Child, Command, ExitStatus, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use super::report::Report;
 use super::{Error, file_error};
 use crate::command;
 
@@ -22,13 +21,27 @@ const KERNEL_PARAMETERS: &str =
 const EXIT_CODE_BASE: i32 = 0x10;
 
 /// A machine that can be started.
-pub struct Machine<'a> {
+pub struct Machine {
+    /// The kernel's name and version, for people.
+    pub version: String,
     /// The ELF kernel.
-    pub kernel: &'a Path,
+    pub kernel: PathBuf,
     /// Its initramfs.
-    pub initramfs: &'a Path,
-    /// The folder for logs.
-    pub cache: &'a Path,
+    pub initramfs: PathBuf,
+    /// All that the console wrote in the last run.
+    pub console_log: PathBuf,
+    /// What QEMU itself said in the last run.
+    pub qemu_log: PathBuf,
+}
+
+/// How a machine ended.
+pub enum Ended {
+    /// The program that L1 ran ended with this code.
+    Code(u8),
+    /// The time limit was reached, and the machine was killed.
+    TimeLimit,
+    /// The machine ended without a code, for this reason.
+    NoCode(String),
 }
 
 /// A child process that does not outlive this value.
@@ -99,7 +112,7 @@ impl Display {
     }
 }
 
-impl Machine<'_> {
+impl Machine {
     /// QEMU's command line; `init` is what L1's first process is told.
     fn qemu(&self, display: &Display, init: &str) -> Command {
         let mut qemu = bound("qemu-system-x86_64");
@@ -118,9 +131,9 @@ impl Machine<'_> {
         .args(["-device", "virtio-gpu-gl-pci", "-display", "sdl,gl=on"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
         .arg("-kernel")
-        .arg(self.kernel)
+        .arg(&self.kernel)
         .arg("-initrd")
-        .arg(self.initramfs)
+        .arg(&self.initramfs)
         .args(["-append", &format!("{KERNEL_PARAMETERS} -- {init}")])
         .env("DISPLAY", &display.name)
         .env("SDL_VIDEODRIVER", "x11")
@@ -161,28 +174,21 @@ impl Machine<'_> {
         Ok(status.code() == Some(0) || exit_code(status) == Some(0))
     }
 
-    /// Runs the tests in L1 and prints its console to standard error as it comes (when `echo`).
-    pub fn tests(
+    /// Runs a program of L1 and gives each line of the console to `on_line` as it comes. `words` are the program's
+    /// name and arguments; they travel on the kernel's command line, so none of them may contain `"`.
+    pub fn run(
         &self,
+        words: &[&str],
         limit: Duration,
-        filter: Option<&str>,
-        keep_going: bool,
-        echo: bool,
-    ) -> Result<Report, Error> {
-        let mut init = "tests".to_owned();
-        if keep_going {
-            init.push_str(" --keep-going");
-        }
-        if let Some(filter) = filter {
-            init.push_str(&format!(" --filter {filter}"));
-        }
-        let log_path = self.cache.join("console.log");
-        let mut log = File::create(&log_path).map_err(file_error("write", &log_path))?;
-        let qemu_log = self.cache.join("qemu.log");
-        let errors = File::create(&qemu_log).map_err(file_error("write", &qemu_log))?;
+        mut on_line: impl FnMut(&str),
+    ) -> Result<Ended, Error> {
+        let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
+        let file = |path: &Path| File::create(path).map_err(file_error("write", path));
+        let mut log = file(&self.console_log)?;
+        let errors = file(&self.qemu_log)?;
 
         let display = Display::start()?;
-        let mut qemu = self.qemu(&display, &init);
+        let mut qemu = self.qemu(&display, &format!("run {}", quoted.join(" ")));
         qemu.args(["-serial", "stdio", "-monitor", "none"])
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
@@ -202,35 +208,38 @@ impl Machine<'_> {
                 }
             });
         }
-
-        let mut report = Report::default();
         loop {
             match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
                 Ok(line) => {
                     let _ = writeln!(log, "{line}");
-                    if report.line(&line) && echo {
-                        println!("{line}");
-                    }
+                    on_line(&line);
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    return Err(Error::TimeLimit {
-                        seconds: limit.as_secs(),
-                        doing: report.doing(),
-                        log: log_path,
-                    });
-                }
+                Err(RecvTimeoutError::Timeout) => return Ok(Ended::TimeLimit),
             }
         }
         let status = process
             .0
             .wait()
             .map_err(|source| command::not_started(&qemu, source))?;
-        match exit_code(status) {
-            Some(code) => report.exit(code),
-            None => return Err(no_result(&report, status, &qemu_log, log_path)),
+        Ok(match exit_code(status) {
+            Some(code) => Ended::Code(code),
+            None => Ended::NoCode(self.reason(status)),
+        })
+    }
+
+    /// Why a machine that ended with `status` gave no exit code.
+    fn reason(&self, status: ExitStatus) -> String {
+        let said = fs::read_to_string(&self.qemu_log).unwrap_or_default();
+        let said = said
+            .lines()
+            .last()
+            .map(|line| format!(", `{line}`"))
+            .unwrap_or_default();
+        match status.code() {
+            Some(0) => "L1 rebooted or its kernel panicked".to_owned(),
+            _ => format!("QEMU ended with {status}{said}"),
         }
-        Ok(report)
     }
 }
 
@@ -240,25 +249,6 @@ fn exit_code(status: ExitStatus) -> Option<u8> {
     (status.code()? % 2 == 1)
         .then(|| u8::try_from(value).ok())
         .flatten()
-}
-
-/// The error for a machine that ended without an exit code.
-fn no_result(report: &Report, status: ExitStatus, qemu_log: &Path, log: PathBuf) -> Error {
-    let said = fs::read_to_string(qemu_log).unwrap_or_default();
-    let said = said
-        .lines()
-        .last()
-        .map(|line| format!(", `{line}`"))
-        .unwrap_or_default();
-    let reason = match status.code() {
-        Some(0) => "L1 rebooted or its kernel panicked".to_owned(),
-        _ => format!("QEMU ended with {status}{said}"),
-    };
-    Error::NoResult {
-        doing: report.doing(),
-        reason,
-        log,
-    }
 }
 
 /// A console line without carriage returns and terminal control sequences.
