@@ -1,0 +1,209 @@
+//! The program `mini-vmm`: options in, a machine's console and exit code out.
+//!
+//! Everything it does is the library's; here are only the options, the terminal and the exit status.
+
+use std::fs::File;
+use std::io::{self, Write};
+use std::os::fd::AsFd;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Instant;
+
+use clap::{Args, Parser, Subcommand};
+use pvgpu_mini_vmm::{
+    Console, DumpTarget, Ending, Vm, VmConfig, VmError, check, kvm, size, terminal,
+};
+
+/// Exit status of errors of usage and environment.
+const USAGE: u8 = 2;
+
+/// A small KVM virtual machine monitor with a paravirtual GPU.
+#[derive(Debug, Parser)]
+#[command(
+    version,
+    after_help = "\
+Exit status of 'run': the guest's own exit code (its low eight bits; 255 where these are 0 but the code is not), \
+0 when the guest resets the machine, 2 for errors of usage and environment (no KVM, bad kernel, ...), \
+3 when the guest crashed or KVM could not go on with it, 128 + N when signal N ended it (130 also for Ctrl-A x).
+Exit status of 'check': 0 when a machine can run here, 2 when not."
+)]
+struct Options {
+    #[command(subcommand)]
+    command: Command,
+}
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    /// Boot a kernel and run it until it ends. On a terminal, Ctrl-A x ends it.
+    Run(Run),
+    /// Tell what this host offers to a machine, and what to do about what is missing.
+    Check(Check),
+}
+
+#[derive(Debug, Args)]
+struct Run {
+    /// Kernel: an ELF for x86-64 (with or without PVH entry) or a bzImage.
+    #[arg(long, value_name = "FILE")]
+    kernel: PathBuf,
+    /// Initial ramdisk.
+    #[arg(long, value_name = "FILE")]
+    initrd: Option<PathBuf>,
+    /// Kernel command line; what announces the machine's devices is added to it.
+    #[arg(
+        long,
+        value_name = "STR",
+        default_value = "",
+        allow_hyphen_values = true
+    )]
+    cmdline: String,
+    /// RAM, such as 256M or 1G.
+    #[arg(long, value_name = "SIZE", default_value = "256M", value_parser = size::parse)]
+    memory: u64,
+    /// Number of vCPUs.
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(pvgpu_mini_vmm::layout::MAX_CPUS)))]
+    cpus: u8,
+    /// File that the guest's memory dumps replace (see the debug device).
+    #[arg(long, value_name = "FILE")]
+    dump: Option<PathBuf>,
+    /// Print one JSON object with the outcome on standard output; the console goes to standard error.
+    #[arg(long)]
+    json: bool,
+    /// KVM device.
+    #[arg(long, value_name = "FILE", default_value = kvm::DEVICE)]
+    kvm: PathBuf,
+}
+
+#[derive(Debug, Args)]
+struct Check {
+    /// Print one JSON object.
+    #[arg(long)]
+    json: bool,
+    /// KVM device.
+    #[arg(long, value_name = "FILE", default_value = kvm::DEVICE)]
+    kvm: PathBuf,
+}
+
+fn main() -> ExitCode {
+    log_to_stderr();
+    let options = Options::parse();
+    let result = match options.command {
+        Command::Run(options) => run(options),
+        Command::Check(options) => run_check(&options),
+    };
+    match result {
+        Ok(status) => ExitCode::from(status),
+        Err(message) => {
+            eprintln!("mini-vmm: {message}");
+            ExitCode::from(USAGE)
+        }
+    }
+}
+
+fn run(options: Run) -> Result<u8, String> {
+    let watch = |error| format!("cannot watch for signals: {error}");
+    let signals = terminal::Signals::block().map_err(watch)?;
+    let output: Box<dyn Write + Send> = if options.json {
+        Box::new(io::stderr())
+    } else {
+        Box::new(io::stdout())
+    };
+    let stdin = io::stdin();
+    let input = stdin.as_fd().try_clone_to_owned().ok().map(File::from);
+    let is_terminal = io::IsTerminal::is_terminal(&stdin);
+    let config = VmConfig {
+        kvm: options.kvm,
+        initrd: options.initrd,
+        cmdline: options.cmdline,
+        memory: options.memory,
+        cpus: options.cpus,
+        console: Console {
+            output,
+            input,
+            escape: is_terminal,
+        },
+        dump: options.dump.map(DumpTarget::File),
+        ..VmConfig::new(options.kernel)
+    };
+    let message = |error: VmError| error.to_string();
+    let vm = Vm::new(config).map_err(message)?;
+    signals.end(vm.stop()).map_err(watch)?;
+    let raw = terminal::RawMode::enter(stdin.as_fd())
+        .map_err(|error| format!("cannot set the terminal up: {error}"))?;
+    let outcome = vm.run();
+    drop(raw);
+    let outcome = outcome.map_err(message)?;
+    match &outcome.ending {
+        Ending::TripleFault { place } => {
+            eprintln!("mini-vmm: the guest crashed (triple fault; {place})")
+        }
+        Ending::Failure { cause } => eprintln!("mini-vmm: the guest cannot go on: {cause}"),
+        Ending::Exit { .. } | Ending::Reset | Ending::Stopped { .. } => {}
+    }
+    if options.json {
+        println!(
+            "{}",
+            serde_json::to_string(&outcome).map_err(|error| error.to_string())?
+        );
+    }
+    Ok(outcome.exit_code)
+}
+
+fn run_check(options: &Check) -> Result<u8, String> {
+    let report = check::check(&options.kvm);
+    if options.json {
+        println!(
+            "{}",
+            serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?
+        );
+    } else {
+        print!("{report}");
+    }
+    Ok(if report.ok { 0 } else { USAGE })
+}
+
+/// Prints warnings and errors, at most [`Log::PER_SECOND`] a second: a guest can cause some of them.
+struct Log {
+    start: Instant,
+    state: std::sync::Mutex<(u64, u32)>,
+}
+
+impl Log {
+    const PER_SECOND: u32 = 20;
+}
+
+impl log::Log for Log {
+    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
+        metadata.level() <= log::Level::Warn
+    }
+
+    fn log(&self, record: &log::Record<'_>) {
+        if !self.enabled(record.metadata()) {
+            return;
+        }
+        let Ok(mut state) = self.state.lock() else {
+            return;
+        };
+        let second = self.start.elapsed().as_secs();
+        if state.0 != second {
+            *state = (second, 0);
+        }
+        state.1 = state.1.saturating_add(1);
+        if state.1 <= Self::PER_SECOND {
+            eprintln!("mini-vmm: {}", record.args());
+        } else if state.1 == Self::PER_SECOND + 1 {
+            eprintln!("mini-vmm: more messages in this second are left out");
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+fn log_to_stderr() {
+    let log = Log {
+        start: Instant::now(),
+        state: std::sync::Mutex::default(),
+    };
+    if log::set_boxed_logger(Box::new(log)).is_ok() {
+        log::set_max_level(log::LevelFilter::Warn);
+    }
+}

@@ -1,0 +1,323 @@
+//! A machine from its description to its end.
+//!
+//! `main`, tests and benchmarks fill a [`VmConfig`], make a [`Vm`] of it and [`run`](Vm::run) it. Nothing
+//! of a machine outlives `run`: threads are joined, descriptors closed, memory unmapped, so that one
+//! process can run any number of machines, one after the other or at once.
+
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::path::PathBuf;
+use std::sync::Arc;
+use std::thread::JoinHandle;
+
+use serde::Serialize;
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+
+use crate::boot::{self, BootError};
+use crate::bus::{Attachment, Bus, Overlap};
+use crate::debug::{Debug, DumpTarget};
+use crate::kvm::{self, KvmError, Machine};
+use crate::memory::{MemoryError, Ram};
+use crate::ports::Ports;
+use crate::serial::{Console, Port};
+use crate::stop::{Ending, Stop};
+use crate::vcpu::{self, Exits, Kick, Surroundings, Vcpu};
+use crate::{events, layout};
+
+/// A machine that does not exist yet. [`VmConfig::new`] gives a modest one; change its fields.
+#[derive(Debug)]
+pub struct VmConfig {
+    /// The KVM device, normally [`kvm::DEVICE`].
+    pub kvm: PathBuf,
+    /// An ELF file for x86-64 or a bzImage.
+    pub kernel: PathBuf,
+    /// An initial ramdisk.
+    pub initrd: Option<PathBuf>,
+    /// The kernel's command line; the machine adds what announces its devices.
+    pub cmdline: String,
+    /// RAM in bytes.
+    pub memory: u64,
+    /// Number of vCPUs, 1 to [`layout::MAX_CPUS`].
+    pub cpus: u8,
+    /// Where the guest's serial console goes and comes from.
+    pub console: Console,
+    /// Where the guest's dumps go.
+    pub dump: Option<DumpTarget>,
+    /// Devices besides the machine's own, between [`layout::EXTRA_MMIO`] and [`layout::EXTRA_MMIO_END`].
+    pub devices: Vec<Attachment>,
+}
+
+impl VmConfig {
+    /// A machine with 256 MiB of RAM and one vCPU that prints to standard output.
+    pub fn new(kernel: impl Into<PathBuf>) -> Self {
+        Self {
+            kvm: kvm::DEVICE.into(),
+            kernel: kernel.into(),
+            initrd: None,
+            cmdline: String::new(),
+            memory: 256 << 20,
+            cpus: 1,
+            console: Console::output(io::stdout()),
+            dump: None,
+            devices: Vec::new(),
+        }
+    }
+}
+
+/// Why a machine could not be made or run. What a guest does wrong is an [`Ending`], not an error.
+#[derive(Debug, thiserror::Error)]
+pub enum VmError {
+    /// KVM.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
+    /// RAM.
+    #[error(transparent)]
+    Memory(#[from] MemoryError),
+    /// Kernel, initial ramdisk or command line.
+    #[error(transparent)]
+    Boot(#[from] BootError),
+    /// Device windows.
+    #[error(transparent)]
+    Devices(#[from] Overlap),
+    /// Number of vCPUs.
+    #[error("{0} vCPUs are not possible: choose --cpus from 1 to {max}", max = layout::MAX_CPUS)]
+    Cpus(u8),
+    /// Threads, events, epoll.
+    #[error(
+        "the host refused {what}: {error}; check its limits on threads and open files (ulimit -u, ulimit -n)"
+    )]
+    Host {
+        /// What was asked for.
+        what: &'static str,
+        /// Its answer.
+        error: io::Error,
+    },
+}
+
+impl VmError {
+    fn host(what: &'static str) -> impl FnOnce(io::Error) -> Self {
+        move |error| Self::Host { what, error }
+    }
+}
+
+/// What is known of a machine that has ended.
+#[derive(Debug, Serialize)]
+pub struct Outcome {
+    /// Why it ended.
+    pub ending: Ending,
+    /// The process exit status that stands for that ([`Ending::status`]).
+    pub exit_code: u8,
+    /// How often guests left for the monitor, all vCPUs together.
+    pub exits: Exits,
+    /// The last dump, where [`DumpTarget::Memory`] asked to keep it.
+    #[serde(skip)]
+    pub dump: Option<Vec<u8>>,
+}
+
+/// A machine that is complete but for running.
+///
+/// Fields are in the order in which they must be dropped: what uses guest memory before the memory.
+pub struct Vm {
+    vcpus: Vec<(Vcpu, Kick)>,
+    around: Surroundings,
+    debug: Arc<Debug>,
+    port: Port,
+    input: Option<(File, bool)>,
+    machine: Machine,
+    ram: Ram,
+}
+
+impl std::fmt::Debug for Vm {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Vm")
+            .field("vcpus", &self.vcpus.len())
+            .field("bus", &self.around.bus)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Vm {
+    /// Makes the machine and loads its kernel; no guest instruction runs yet.
+    ///
+    /// # Errors
+    ///
+    /// See [`VmError`].
+    pub fn new(config: VmConfig) -> Result<Self, VmError> {
+        if config.cpus == 0 || config.cpus > layout::MAX_CPUS {
+            return Err(VmError::Cpus(config.cpus));
+        }
+        let stop = Stop::new().map_err(VmError::host("an event"))?;
+        let machine = Machine::new(&config.kvm)?;
+        let ram = Ram::new(config.memory)?;
+        for (slot, range) in [layout::slot::RAM_LOW, layout::slot::RAM_HIGH]
+            .into_iter()
+            .zip(ram.ranges())
+        {
+            // SAFETY: `ram` is a field of `Vm` dropped after the machine and its vCPUs, so the range
+            // stays mapped as long as the guest can run, and nothing refers to it but vm-memory.
+            unsafe { machine.add_memory(slot, range)? };
+        }
+
+        let port = Port::new(config.console.output).map_err(VmError::host("an event"))?;
+        machine.add_interrupt(layout::SERIAL_IRQ, port.interrupt())?;
+
+        let mut bus = Bus::default();
+        let debug = Arc::new(Debug::new(ram.map().clone(), stop.clone(), config.dump));
+        bus.attach(Attachment {
+            base: layout::DEBUG_MMIO,
+            size: layout::DEBUG_MMIO_SIZE,
+            device: Arc::clone(&debug) as _,
+            doorbells: Vec::new(),
+            interrupts: Vec::new(),
+        })?;
+        let announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
+        for device in config.devices {
+            bus.attach(device)?;
+        }
+        for device in bus.devices() {
+            machine.connect(device)?;
+        }
+
+        let entry = boot::load(
+            &ram.map().memory(),
+            boot::Request {
+                kernel: &config.kernel,
+                initrd: config.initrd.as_deref(),
+                cmdline: &config.cmdline,
+                announcements: &announcements,
+                cpus: config.cpus,
+            },
+        )?;
+
+        vcpu::install_signal_handler()?;
+        let vcpus = (0..config.cpus)
+            .map(|index| Vcpu::new(&machine, index, config.cpus, entry))
+            .collect::<Result<_, _>>()?;
+        let around = Surroundings {
+            bus: Arc::new(bus),
+            ports: Arc::new(Ports::new(port.clone(), stop.clone())),
+            memory: ram.map().clone(),
+            stop,
+            triple_fault_resets: resets_by_triple_fault(&config.cmdline),
+        };
+        let input = config
+            .console
+            .input
+            .map(|file| (file, config.console.escape));
+        Ok(Self {
+            vcpus,
+            around,
+            debug,
+            port,
+            input,
+            machine,
+            ram,
+        })
+    }
+
+    /// The switch that ends this machine from any thread.
+    pub fn stop(&self) -> Stop {
+        self.around.stop.clone()
+    }
+
+    /// The guest's RAM, for tests and benchmarks that share words with their guest.
+    pub fn memory(&self) -> &GuestMemoryAtomic<GuestMemoryMmap> {
+        self.ram.map()
+    }
+
+    /// Runs the guest until it ends or somebody stops it, and takes the machine down.
+    ///
+    /// # Errors
+    ///
+    /// When the host refuses threads or epoll; whatever the guest does is part of the outcome.
+    ///
+    /// # Panics
+    ///
+    /// With the panic of a vCPU thread, if one had one: a defect of the monitor.
+    pub fn run(self) -> Result<Outcome, VmError> {
+        let Self {
+            vcpus,
+            around,
+            debug,
+            port,
+            input,
+            machine,
+            ram,
+        } = self;
+        let mut running: Vec<(JoinHandle<Exits>, Kick)> = Vec::new();
+        let mut result = Ok(());
+        for (index, (vcpu, kick)) in vcpus.into_iter().enumerate() {
+            let surroundings = around.clone();
+            let thread = std::thread::Builder::new()
+                .name(format!("vcpu{index}"))
+                .spawn(move || vcpu.run(&surroundings));
+            match thread {
+                Ok(thread) => running.push((thread, kick)),
+                Err(error) => {
+                    result = Err(VmError::host("a thread")(error));
+                    around.stop.end(Ending::Stopped { signal: None });
+                    break;
+                }
+            }
+        }
+        if result.is_ok() {
+            result = events::run(&around.stop, &port, input).map_err(|error| {
+                around.stop.end(Ending::Stopped { signal: None });
+                VmError::host("an event loop")(io::Error::other(error))
+            });
+        }
+        for (thread, kick) in &mut running {
+            kick.kick(thread);
+        }
+        let mut exits = Exits::default();
+        let mut panic = None;
+        for (thread, _) in running {
+            match thread.join() {
+                Ok(count) => exits += count,
+                Err(payload) => panic = Some(payload),
+            }
+        }
+        if let Some(payload) = panic {
+            std::panic::resume_unwind(payload);
+        }
+        result?;
+
+        let dump = debug.take_dump();
+        let ending = around
+            .stop
+            .ending()
+            .unwrap_or(Ending::Stopped { signal: None });
+        // Devices hold guest memory: they go before it.
+        drop((debug, around, port, machine));
+        drop(ram);
+        Ok(Outcome {
+            exit_code: ending.status(),
+            ending,
+            exits,
+            dump,
+        })
+    }
+}
+
+/// Whether a Linux command line asks for resets by triple fault: `reboot=t`, alone or in a list.
+fn resets_by_triple_fault(cmdline: &str) -> bool {
+    cmdline
+        .split_whitespace()
+        .filter_map(|word| word.strip_prefix("reboot="))
+        .any(|modes| modes.split(',').any(|mode| mode.starts_with('t')))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_reboot_by_triple_fault_makes_a_triple_fault_a_reset() {
+        assert!(resets_by_triple_fault("console=ttyS0 reboot=t panic=-1"));
+        assert!(resets_by_triple_fault("reboot=warm,t"));
+        assert!(!resets_by_triple_fault("console=ttyS0 reboot=k"));
+        assert!(!resets_by_triple_fault("noreboot=t init=/t"));
+    }
+}
