@@ -7,7 +7,9 @@ use std::io::Write;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
+mod boot;
 mod kvm;
+mod mini_vmm;
 mod vgem;
 mod virtio_gpu;
 
@@ -24,7 +26,7 @@ pub struct Test {
 
 /// All tests, in the order in which they run: what is simplest first.
 pub fn tests() -> Vec<&'static Test> {
-    [kvm::TESTS, vgem::TESTS, virtio_gpu::TESTS]
+    [kvm::TESTS, boot::TESTS, vgem::TESTS, virtio_gpu::TESTS]
         .into_iter()
         .flatten()
         .collect()

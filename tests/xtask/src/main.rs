@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod command;
+mod programs;
 mod testbed;
 
 /// The project's tasks.

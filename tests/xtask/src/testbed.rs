@@ -1,7 +1,7 @@
 //! `cargo xtask testbed`: boots a virtual machine (L1) that has real GPU drivers and nested KVM, and runs
 //! the end-to-end tests of `tests/e2e` in it. `docs/testbed.md` explains it to people.
 //!
-//! One file per step: [`packages`] -> [`kernel`] -> [`programs`] -> [`initramfs`] -> [`machine`]. This
+//! One file per step: [`packages`] -> [`kernel`] -> [`crate::programs`] -> [`initramfs`] -> [`machine`]. This
 //! file holds the arguments and the order of the steps.
 
 use std::fs::{self, File};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use crate::command::CommandError;
+use crate::programs::{self, BuildError};
 use machine::{Ended, Machine};
 use report::Report;
 
@@ -20,7 +21,6 @@ mod initramfs;
 mod kernel;
 mod machine;
 mod packages;
-mod programs;
 mod report;
 
 /// What `cargo xtask testbed` can be told.
@@ -131,13 +131,8 @@ pub enum Error {
     )]
     NoModule(String),
     /// Our own programs did not build.
-    #[error("the programs for L1 do not build: see the compiler's messages above")]
-    Build,
-    /// A program that the build should have made is not there.
-    #[error(
-        "the build made no program called {0}: was it renamed? see PROGRAMS in tests/xtask/src/testbed/programs.rs"
-    )]
-    NoProgram(&'static str),
+    #[error(transparent)]
+    Build(#[from] BuildError),
     /// Xvfb did not start.
     #[error("Xvfb did not start: {0}")]
     Display(String),
@@ -214,7 +209,8 @@ pub fn prepare() -> Result<Machine, Error> {
 
     packages::install_missing()?;
     let kernel = kernel::fetch(&cache)?;
-    let programs = programs::build()?;
+    progress(format_args!("building the programs for L1"));
+    let programs = programs::build(initramfs::PROGRAMS)?;
     let initramfs = cache.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &programs)?;
     Ok(Machine {

@@ -8,14 +8,34 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::kernel::Kernel;
-use super::programs::Program;
 use super::{Error, file_error};
 use crate::command;
+use crate::programs::{self, Built, Program};
+
+/// Our programs in L1, each in `/bin` by its name, but for those that [`place`] knows.
+pub const PROGRAMS: &[Program] = &[
+    programs::L1_INIT,
+    programs::L1_TESTS,
+    programs::L2_INIT,
+    programs::MINI_VMM,
+    programs::TEST_GUEST,
+];
+
+/// Where `program` is in L1.
+fn place(program: Program) -> String {
+    match program {
+        programs::L1_INIT => "init".to_owned(),
+        // What L2 boots is in one folder with the kernels.
+        programs::TEST_GUEST => format!("boot/{}", program.name),
+        _ => format!("bin/{}", program.name),
+    }
+}
 
 /// A newc archive that is being written.
 struct Archive {
     bytes: Vec<u8>,
     folders: BTreeSet<PathBuf>,
+    libraries: BTreeSet<String>,
     entries: u32,
 }
 
@@ -32,6 +52,7 @@ impl Archive {
         Archive {
             bytes: Vec::new(),
             folders: BTreeSet::new(),
+            libraries: BTreeSet::new(),
             entries: 0,
         }
     }
@@ -91,34 +112,23 @@ impl Archive {
         Ok(())
     }
 
-    /// Adds `programs` without their debug information, and the libraries they need. The one called `init` becomes
-    /// `/init`, the others are in `/bin`. Stripped copies are left beside `image`.
-    fn programs<'a>(
-        &mut self,
-        programs: impl IntoIterator<Item = &'a Program>,
-        init: &str,
-        image: &Path,
-    ) -> Result<(), Error> {
-        let mut libraries = BTreeSet::new();
-        for program in programs {
-            let stripped = image.with_file_name(program.name);
-            command::capture(
-                Command::new("strip")
-                    .arg("-o")
-                    .arg(&stripped)
-                    .arg(&program.path),
-            )?;
-            let path = if program.name == init {
-                "init".to_owned()
-            } else {
-                format!("bin/{}", program.name)
-            };
-            self.file(&path, mode::PROGRAM, &stripped)?;
-            libraries.extend(shared_libraries(&program.path));
-        }
-        for library in &libraries {
+    /// Adds `program` as `path`, without debug information, and the libraries it needs. A stripped copy is left beside
+    /// `image`.
+    fn program(&mut self, path: &str, program: &Built, image: &Path) -> Result<(), Error> {
+        let stripped = image.with_file_name(program.program.name);
+        command::capture(
+            Command::new("strip")
+                .arg("-o")
+                .arg(&stripped)
+                .arg(&program.path),
+        )?;
+        self.file(path, mode::PROGRAM, &stripped)?;
+        for library in shared_libraries(&program.path) {
             let path = library.to_string_lossy();
-            self.file(path.trim_start_matches('/'), mode::PROGRAM, library)?;
+            let path = path.trim_start_matches('/');
+            if self.libraries.insert(path.to_owned()) {
+                self.file(path, mode::PROGRAM, &library)?;
+            }
         }
         Ok(())
     }
@@ -131,14 +141,16 @@ impl Archive {
 }
 
 /// Writes the initramfs of L1 to `image`.
-pub fn write(image: &Path, kernel: &Kernel, programs: &[Program]) -> Result<(), Error> {
+pub fn write(image: &Path, kernel: &Kernel, programs: &[Built]) -> Result<(), Error> {
     let mut archive = Archive::new();
     for folder in ["dev", "proc", "sys", "tmp"] {
         archive.folder(Path::new(folder));
     }
     // The kernel opens it for /init before there is a devtmpfs.
     archive.entry("dev/console", mode::CHARACTER_DEVICE, (5, 1), &[]);
-    archive.programs(programs, "l1-init", image)?;
+    for program in programs {
+        archive.program(&place(program.program), program, image)?;
+    }
     archive.file("bin/busybox", mode::PROGRAM, Path::new("/bin/busybox"))?;
 
     let mut order = String::new();
@@ -159,17 +171,18 @@ pub fn write(image: &Path, kernel: &Kernel, programs: &[Program]) -> Result<(), 
 }
 
 /// The initramfs of a Linux in L2: `l2-init` and nothing else.
-fn guest(image: &Path, programs: &[Program]) -> Result<Vec<u8>, Error> {
+fn guest(image: &Path, programs: &[Built]) -> Result<Vec<u8>, Error> {
     let mut archive = Archive::new();
     for folder in ["dev", "proc"] {
         archive.folder(Path::new(folder));
     }
     archive.entry("dev/console", mode::CHARACTER_DEVICE, (5, 1), &[]);
-    let init: Vec<&Program> = programs
+    for init in programs
         .iter()
-        .filter(|program| program.name == "l2-init")
-        .collect();
-    archive.programs(init, "l2-init", image)?;
+        .filter(|program| program.program == programs::L2_INIT)
+    {
+        archive.program("init", init, image)?;
+    }
     Ok(archive.finish())
 }
 

@@ -23,8 +23,11 @@ pub struct Report {
 }
 
 impl Report {
-    /// Takes in one line of the console. Says whether people should see it.
+    /// Takes in one line of the console. Says whether people should see it: L1's kernel talks to the log alone.
     pub fn line(&mut self, line: &str) -> bool {
+        if is_kernel_message(line) {
+            return false;
+        }
         let (word, rest) = line.split_once(' ').unwrap_or((line, ""));
         let (name, detail) = rest.split_once(' ').unwrap_or((rest, ""));
         let mine = self.running.as_deref() == Some(name);
@@ -120,6 +123,13 @@ impl Report {
     }
 }
 
+/// Whether a line starts as the kernel's do: `[    8.653269] `.
+fn is_kernel_message(line: &str) -> bool {
+    line.strip_prefix('[')
+        .and_then(|rest| rest.split_once("] "))
+        .is_some_and(|(time, _)| time.trim_start().parse::<f64>().is_ok())
+}
+
 /// Reads `N passed, N failed`.
 fn announced(line: &str) -> Option<(usize, usize)> {
     let (passed, failed) = line.split_once(" passed, ")?;
@@ -165,6 +175,13 @@ mod tests {
             report.json("k", Duration::ZERO)["tests"][0]["failure"],
             "it broke"
         );
+    }
+
+    #[test]
+    fn messages_of_the_kernel_are_told_from_those_of_programs() {
+        assert!(is_kernel_message("[    8.653269] kvm [92]: vcpu0"));
+        assert!(!is_kernel_message("[a] list"));
+        assert!(!is_kernel_message("ok a 12"));
     }
 
     #[test]

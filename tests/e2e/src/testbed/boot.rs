@@ -1,0 +1,70 @@
+//! mini-vmm boots an unmodified Debian kernel to user space in L2. The guest's first process is `l2-init`.
+
+use std::time::Duration;
+
+use super::mini_vmm::run;
+use super::{Failure, Test};
+use crate::ensure;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "mini_vmm_boots_a_linux_elf_to_user_space",
+        run: || boot("/boot/vmlinux", 1),
+    },
+    Test {
+        name: "mini_vmm_boots_a_linux_bzimage_to_user_space",
+        run: || boot("/boot/bzImage", 1),
+    },
+    Test {
+        name: "mini_vmm_boots_linux_with_two_processors",
+        run: || boot("/boot/vmlinux", 2),
+    },
+];
+
+/// Linux parameters of L2.
+const PARAMETERS: &str =
+    "console=ttyS0 quiet panic=-1 reboot=t mitigations=off init_on_alloc=0 cryptomgr.notests";
+
+/// Nothing ends with this code by accident.
+const EXIT_CODE: i32 = 37;
+
+/// A guest that boots at all does so in seconds; a bzImage also unpacks itself, emulated twice.
+const LIMIT: Duration = Duration::from_secs(90);
+
+fn boot(kernel: &str, processors: u32) -> Result<(), Failure> {
+    let ended = run(
+        &[
+            "--kernel",
+            kernel,
+            "--initrd",
+            "/boot/l2.cpio",
+            "--memory",
+            "256M",
+            "--cpus",
+            &processors.to_string(),
+            "--cmdline",
+            &format!("{PARAMETERS} l2.exit={EXIT_CODE}"),
+        ],
+        LIMIT,
+    )?;
+    ensure!(
+        ended.code == EXIT_CODE,
+        "mini-vmm ended with code {}, not the guest's {EXIT_CODE}: {}",
+        ended.code,
+        ended.tail()
+    );
+    let expected = format!("l2-init: {processors} processors, ");
+    let kilobytes = ended
+        .output
+        .lines()
+        .find_map(|line| line.trim().strip_prefix(&expected)?.strip_suffix(" kB"));
+    let kilobytes: u32 = kilobytes
+        .ok_or_else(|| format!("the guest does not say `{expected}...`: {}", ended.tail()))?
+        .parse()?;
+    // What the kernel keeps for itself is missing from the sum.
+    ensure!(
+        (200_000..=262_144).contains(&kilobytes),
+        "the guest sees {kilobytes} kB of its 256 MiB"
+    );
+    Ok(())
+}
