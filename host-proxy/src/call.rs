@@ -8,7 +8,7 @@
 use crate::clock;
 use crate::driver::HostObject;
 use pvgpu_protocol::Errno;
-use pvgpu_protocol::layout::{Array, Layout, Payload, align, lay_out};
+use pvgpu_protocol::layout::{Array, Payload, align, lay_out};
 use pvgpu_protocol::schema::{Direction, Element, Field, Ioctl, Kind, Space, Struct};
 use std::ops::Range;
 use std::sync::Arc;
@@ -27,7 +27,13 @@ pub struct Call {
     ioctl: &'static Ioctl,
     command: u32,
     bytes: Bytes,
-    layout: Layout,
+    /// Bytes of the argument struct.
+    argument: usize,
+    arrays: Vec<Array>,
+    /// Bytes of the request's payload.
+    request: usize,
+    /// Bytes of the response's payload.
+    response: usize,
     fds: Vec<Fd>,
 }
 
@@ -128,7 +134,10 @@ impl Call {
             ioctl,
             command,
             bytes,
-            layout,
+            argument: layout.argument,
+            arrays: layout.arrays.iter().copied().collect(),
+            request: layout.request,
+            response: layout.response,
             fds: Vec::new(),
         };
         call.check(owned)?;
@@ -143,7 +152,7 @@ impl Call {
                 self.check_field(structure, &range, field, owned)?;
             }
         }
-        for array in &self.layout.arrays {
+        for array in &self.arrays {
             let Element::Handles { space, unknown } = array.pointer.element else {
                 continue;
             };
@@ -229,8 +238,8 @@ impl Call {
 
     /// Every struct that came in, with the range of its bytes: the argument, then the elements of arrays.
     fn structs(&self) -> impl Iterator<Item = (&'static Struct, Range<usize>)> + '_ {
-        let argument = (self.ioctl.argument, 0..self.layout.argument);
-        let elements = self.layout.arrays.iter().flat_map(|array| {
+        let argument = (self.ioctl.argument, 0..self.argument);
+        let elements = self.arrays.iter().flat_map(|array| {
             let (structure, start) = match (array.pointer.element, array.request) {
                 (Element::Struct(structure), Some(start)) => (Some(structure), start),
                 _ => (None, 0),
@@ -267,10 +276,7 @@ impl Call {
 
     /// The argument struct, which may be in an older, shorter form.
     pub fn argument(&self) -> &[u8] {
-        self.bytes
-            .get()
-            .get(..self.layout.argument)
-            .unwrap_or_default()
+        self.bytes.get().get(..self.argument).unwrap_or_default()
     }
 
     /// The argument as its Rust struct; fields that an older form lacks are zero.
@@ -286,7 +292,7 @@ impl Call {
 
     /// Replaces the argument; fields that an older form lacks are dropped.
     pub fn write_argument<T: IntoBytes + Immutable>(&mut self, value: &T) {
-        let length = self.layout.argument;
+        let length = self.argument;
         self.bytes
             .get_mut()
             .iter_mut()
@@ -318,8 +324,8 @@ impl Call {
 
     /// Every array with where its bytes lie in [`Call::bytes_mut`]; [`Array::field`] is where its pointer lies there.
     pub fn arrays(&self) -> impl Iterator<Item = (&Array, Range<usize>)> {
-        let mut end = align(self.layout.request);
-        self.layout.arrays.iter().map(move |array| {
+        let mut end = align(self.request);
+        self.arrays.iter().map(move |array| {
             let start = array.request.unwrap_or_else(|| {
                 let start = end;
                 end += align(array.length);
@@ -346,12 +352,9 @@ impl Call {
     }
 
     /// Where the fields lie whose file descriptors the driver gives out.
-    pub fn fds_out(&self) -> Vec<usize> {
-        self.fds
-            .iter()
-            .filter(|fd| fd.direction.is_out())
-            .map(|fd| fd.field)
-            .collect()
+    pub fn fds_out(&self) -> impl Iterator<Item = usize> {
+        let out = self.fds.iter().filter(|fd| fd.direction.is_out());
+        out.map(|fd| fd.field)
     }
 
     /// Gives out an object through the file descriptor field at this place.
@@ -409,7 +412,7 @@ impl Call {
 
     /// Bytes of the response's payload.
     pub(crate) fn response_length(&self) -> usize {
-        self.layout.response
+        self.response
     }
 
     /// The parts of the response's payload: each with its offset there.

@@ -21,9 +21,16 @@
     )
 )]
 
+pub mod aperture;
 pub mod call;
 pub mod cancel;
 pub mod clock;
+mod descriptor;
+pub mod device;
 pub mod driver;
+pub mod session;
+pub mod statistics;
+mod trace;
+mod worker;
 
 pub use pvgpu_protocol::{Errno, control::Limits};

@@ -1,5 +1,7 @@
 //! The tables: one file per host GPU family, and which of them a host driver speaks.
 
+pub mod soft;
+
 use crate::schema::Ioctl;
 
 /// The ioctls of one header.
@@ -25,6 +27,8 @@ pub fn find(families: &[&'static Family], command: u32) -> Option<&'static Ioctl
 
 /// The families that the host driver of that name speaks; none for an unknown driver.
 pub fn of_driver(name: &str) -> &'static [&'static Family] {
-    let _ = name;
-    &[]
+    match name {
+        "soft" => &[&soft::FAMILY],
+        _ => &[],
+    }
 }

@@ -1,0 +1,169 @@
+//! The aperture: one reserved range of host addresses in which mapped buffer objects appear.
+//!
+//! The VMM gives the whole range to the guest once, as one memory slot; the session then maps and unmaps ranges of
+//! it. A range without a mapping is anonymous memory that reads as zeros, so that a guest which touches it harms
+//! nobody. Mapping goes through [`reservation`], the only place that changes the address space.
+
+mod reservation;
+
+use crate::driver::Mapping;
+use pvgpu_protocol::{Errno, wire::PAGE_SIZE};
+use reservation::Reservation;
+use std::collections::BTreeMap;
+use std::io;
+use std::sync::{Mutex, PoisonError};
+
+/// The reserved range and what is free in it.
+pub struct Aperture {
+    reservation: Reservation,
+    /// Free ranges: offset to length, in bytes, never adjacent to each other.
+    free: Mutex<BTreeMap<u64, u64>>,
+}
+
+impl Aperture {
+    /// Reserves `size` bytes of address space, a multiple of [`PAGE_SIZE`]. Memory is used only for mappings, and
+    /// for pages that the guest writes without one.
+    pub fn new(size: u64) -> io::Result<Self> {
+        if size == 0 || !size.is_multiple_of(PAGE_SIZE) {
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidInput,
+                format!("aperture size {size} is not a positive multiple of {PAGE_SIZE}"),
+            ));
+        }
+        Ok(Self {
+            reservation: Reservation::new(size)?,
+            free: Mutex::new(BTreeMap::from([(0, size)])),
+        })
+    }
+
+    /// Where the range starts in this process, aligned to 2 MiB.
+    pub fn host_address(&self) -> u64 {
+        self.reservation.address()
+    }
+
+    /// Its length in bytes.
+    pub fn size(&self) -> u64 {
+        self.reservation.size()
+    }
+
+    /// Maps `length` bytes and returns their offset; `ENOSPC` when no free range is that long.
+    pub(crate) fn map(&self, mapping: &Mapping, length: u64) -> Result<u64, Errno> {
+        let offset = self.allocate(length).ok_or(Errno::ENOSPC)?;
+        match self.reservation.map(offset, length, mapping) {
+            Ok(()) => Ok(offset),
+            Err(error) => {
+                self.release(offset, length);
+                Err(Errno::new(error.raw_os_error().unwrap_or(0)))
+            }
+        }
+    }
+
+    /// Puts the placeholder back. The range is one that [`Aperture::map`] returned.
+    pub(crate) fn unmap(&self, offset: u64, length: u64) {
+        match self.reservation.clear(offset, length) {
+            Ok(()) => self.release(offset, length),
+            // The range stays taken: handing it out again would show its old memory to another file.
+            Err(error) => log::error!("aperture: cannot unmap {length:#x} bytes: {error}"),
+        }
+    }
+
+    /// Takes the first free range that is long enough.
+    fn allocate(&self, length: u64) -> Option<u64> {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let (&offset, &room) = free.iter().find(|(_, room)| **room >= length)?;
+        free.remove(&offset);
+        if room > length {
+            free.insert(offset + length, room - length);
+        }
+        Some(offset)
+    }
+
+    /// Gives a range back and joins it with its free neighbours.
+    fn release(&self, offset: u64, length: u64) {
+        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let (mut start, mut end) = (offset, offset + length);
+        if let Some((&before, &room)) = free.range(..offset).next_back()
+            && before + room == start
+        {
+            free.remove(&before);
+            start = before;
+        }
+        if let Some(room) = free.remove(&end) {
+            end += room;
+        }
+        free.insert(start, end - start);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::fs::File;
+    use std::os::unix::fs::FileExt;
+
+    fn memfd(pages: u64) -> File {
+        let file = crate::aperture::reservation::tests::memfd();
+        file.set_len(pages * PAGE_SIZE).unwrap();
+        file
+    }
+
+    fn mapping(file: &File, offset: u64) -> Mapping {
+        Mapping {
+            fd: file.try_clone().unwrap().into(),
+            offset,
+        }
+    }
+
+    #[test]
+    fn a_mapping_shares_memory_with_its_object_and_leaves_zeros_behind() {
+        let aperture = Aperture::new(16 * PAGE_SIZE).unwrap();
+        let file = memfd(2);
+        file.write_at(b"hello", PAGE_SIZE).unwrap();
+        let offset = aperture.map(&mapping(&file, PAGE_SIZE), PAGE_SIZE).unwrap();
+        assert_eq!(aperture.reservation.read(offset), *b"hello");
+        aperture.unmap(offset, PAGE_SIZE);
+        assert_eq!(aperture.reservation.read(offset), [0; 5]);
+    }
+
+    #[test]
+    fn a_failed_mapping_leaves_the_placeholder_and_its_range_free() {
+        let aperture = Aperture::new(PAGE_SIZE).unwrap();
+        let (reader, _writer) = std::io::pipe().unwrap();
+        let pipe = Mapping {
+            fd: reader.into(),
+            offset: 0,
+        };
+        assert_eq!(aperture.map(&pipe, PAGE_SIZE), Err(Errno::EACCES));
+        assert_eq!(aperture.reservation.read(0), [0; 5]);
+        assert_eq!(aperture.map(&mapping(&memfd(1), 0), PAGE_SIZE), Ok(0));
+    }
+
+    #[test]
+    fn a_full_aperture_has_no_space_until_something_is_unmapped() {
+        let aperture = Aperture::new(4 * PAGE_SIZE).unwrap();
+        let file = memfd(3);
+        let first = aperture.map(&mapping(&file, 0), 3 * PAGE_SIZE).unwrap();
+        assert_eq!(
+            aperture.map(&mapping(&file, 0), 2 * PAGE_SIZE),
+            Err(Errno::ENOSPC)
+        );
+        aperture.unmap(first, 3 * PAGE_SIZE);
+        assert!(aperture.map(&mapping(&file, 0), 2 * PAGE_SIZE).is_ok());
+    }
+
+    #[test]
+    fn neighbouring_free_ranges_become_one_again() {
+        let aperture = Aperture::new(8 * PAGE_SIZE).unwrap();
+        let file = memfd(1);
+        let offsets: Vec<_> = (0..8)
+            .map(|_| aperture.map(&mapping(&file, 0), PAGE_SIZE).unwrap())
+            .collect();
+        for index in [1, 3, 5, 7, 6, 0, 4, 2] {
+            aperture.unmap(offsets[index], PAGE_SIZE);
+        }
+        assert_eq!(
+            *aperture.free.lock().unwrap(),
+            BTreeMap::from([(0, 8 * PAGE_SIZE)])
+        );
+    }
+}

@@ -1,0 +1,116 @@
+//! One descriptor chain: the request is copied out of it once, the response written into it.
+//!
+//! Used by [`crate::device`]. Nothing here keeps a reference into guest memory, and no byte is read twice.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
+
+use std::ops::Deref;
+use virtio_queue::DescriptorChain;
+use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+
+/// Where a response goes.
+pub(crate) struct Writable {
+    head: u16,
+    buffers: Vec<(GuestAddress, usize)>,
+    length: usize,
+}
+
+/// Why a chain is no request.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Malformed {
+    /// More bytes than the limit on messages.
+    TooLong,
+    /// A buffer outside of guest memory, or a readable buffer behind a writable one.
+    Broken,
+}
+
+/// Copies the chain's readable bytes into `request`, at most `limit` of them.
+pub(crate) fn copy_in<M>(
+    chain: DescriptorChain<M>,
+    request: &mut Vec<u8>,
+    limit: usize,
+) -> Result<Writable, (u16, Malformed)>
+where
+    M: Deref<Target = GuestMemoryMmap> + Clone,
+{
+    let head = chain.head_index();
+    let mut writable = Writable {
+        head,
+        buffers: Vec::with_capacity(1),
+        length: 0,
+    };
+    request.clear();
+    let memory = chain.clone();
+    for descriptor in chain {
+        let length = usize::try_from(descriptor.len()).map_err(|_| (head, Malformed::TooLong))?;
+        if descriptor.is_write_only() {
+            writable.buffers.push((descriptor.addr(), length));
+            writable.length = writable.length.saturating_add(length);
+            continue;
+        }
+        if !writable.buffers.is_empty() {
+            return Err((head, Malformed::Broken));
+        }
+        let start = request.len();
+        if length > limit.saturating_sub(start) {
+            return Err((head, Malformed::TooLong));
+        }
+        request.resize(start + length, 0);
+        let target = request.get_mut(start..).unwrap_or_default();
+        memory
+            .memory()
+            .read_slice(target, descriptor.addr())
+            .map_err(|_| (head, Malformed::Broken))?;
+    }
+    Ok(writable)
+}
+
+impl Writable {
+    /// The chain's head, which names it in the used ring.
+    pub(crate) fn head(&self) -> u16 {
+        self.head
+    }
+
+    /// Bytes that a response may take.
+    pub(crate) fn length(&self) -> usize {
+        self.length
+    }
+
+    /// Writes `bytes` at `offset` of the writable bytes. What does not fit or has no memory behind it is lost: the
+    /// guest named that place itself.
+    pub(crate) fn write(
+        &self,
+        memory: &GuestMemoryMmap,
+        mut offset: usize,
+        mut bytes: &[u8],
+    ) -> Result<(), Malformed> {
+        for &(address, length) in &self.buffers {
+            if offset >= length {
+                offset -= length;
+                continue;
+            }
+            let (now, later) = bytes.split_at(bytes.len().min(length - offset));
+            let place = address
+                .0
+                .checked_add(offset as u64)
+                .ok_or(Malformed::Broken)?;
+            memory
+                .write_slice(now, GuestAddress(place))
+                .map_err(|_| Malformed::Broken)?;
+            (offset, bytes) = (0, later);
+            if bytes.is_empty() {
+                return Ok(());
+            }
+        }
+        if bytes.is_empty() {
+            Ok(())
+        } else {
+            Err(Malformed::TooLong)
+        }
+    }
+}

@@ -1,0 +1,489 @@
+//! The virtio device: queues in, interrupts out, one session per activation.
+//!
+//! A VMM owns a [`Device`] and drives it from its transport (virtio-mmio, PCI, vhost-user): it activates the device
+//! with guest memory and queues, forwards doorbells and resets. Everything between a descriptor chain and the session
+//! is here; nothing here knows which hypervisor or transport it is.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
+#![cfg_attr(
+    test,
+    allow(
+        clippy::unwrap_used,
+        clippy::indexing_slicing,
+        clippy::cast_possible_truncation
+    )
+)]
+
+use crate::aperture::Aperture;
+use crate::descriptor::{Writable, copy_in};
+use crate::driver::HostDriver;
+use crate::session::{RESPONSE_HEADER, Response, Session};
+use crate::statistics::Statistics;
+use crate::trace::Trace;
+use pvgpu_protocol::control::Limits;
+use pvgpu_protocol::wire::{CONFIG_MAGIC, ConfigSpace, VERSION};
+use std::fs::File;
+use std::io;
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
+use std::time::{Duration, Instant};
+use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
+use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
+use virtio_queue::{Queue, QueueT};
+use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
+use zerocopy::IntoBytes;
+
+pub use pvgpu_protocol::wire::DEVICE_ID;
+
+/// How many times a queue's thread polls before it looks at the clock.
+const CLOCK_PERIOD: u32 = 32;
+
+/// Who handles the requests of a queue.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Doorbell {
+    /// The thread that calls [`Device::notify`]: the lowest latency of a single request.
+    Inline,
+    /// A thread of the queue behind an eventfd, which polls for a while before it sleeps: the highest throughput.
+    Worker,
+}
+
+/// How a device is set up.
+#[derive(Debug)]
+pub struct DeviceConfig {
+    /// Number of request queues, one per vCPU at best; the event queue comes on top.
+    pub request_queues: u16,
+    /// Most descriptors of one queue, a power of two.
+    pub queue_size: u16,
+    /// Who handles requests.
+    pub doorbell: Doorbell,
+    /// How long a queue's thread polls at most before it sleeps ([`Doorbell::Worker`]).
+    pub poll: Duration,
+    /// What the guest may use.
+    pub limits: Limits,
+    /// Where to record every request.
+    pub trace: Option<File>,
+}
+
+impl Default for DeviceConfig {
+    fn default() -> Self {
+        Self {
+            request_queues: 1,
+            queue_size: 256,
+            doorbell: Doorbell::Worker,
+            poll: Duration::from_micros(100),
+            limits: Limits::default(),
+            trace: None,
+        }
+    }
+}
+
+/// How the device interrupts its guest.
+pub trait Interrupt: Send + Sync {
+    /// Responses are in the used ring of that queue.
+    fn signal_queue(&self, queue: u16);
+    /// The device's configuration or status has changed.
+    fn signal_config(&self);
+}
+
+/// Why a device could not be activated.
+#[derive(Debug, thiserror::Error)]
+pub enum ActivateError {
+    /// The guest has not accepted what the device needs.
+    #[error(
+        "the guest did not accept VIRTIO_F_VERSION_1, without which the device has no defined layout"
+    )]
+    Features,
+    /// More or fewer queues than the device has.
+    #[error("{0} queues were set up, but the device has {1}")]
+    Queues(usize, usize),
+    /// A queue outside of guest memory.
+    #[error("queue {0} does not lie in guest memory")]
+    Memory(usize),
+    /// The threads or eventfds could not be had.
+    #[error("cannot start a queue's thread: {0}")]
+    Thread(#[from] io::Error),
+}
+
+/// A paravirtual GPU.
+pub struct Device {
+    driver: Arc<dyn HostDriver>,
+    aperture: Option<Arc<Aperture>>,
+    config: ConfigSpace,
+    doorbell: Doorbell,
+    poll: Duration,
+    limits: Limits,
+    trace: Option<Arc<Trace>>,
+    queue_sizes: Vec<u16>,
+    eventfds: Vec<EventFd>,
+    counters: Arc<Counters>,
+    active: Option<Active>,
+}
+
+#[derive(Default)]
+struct Counters {
+    doorbells: AtomicU64,
+    interrupts: AtomicU64,
+    completed: AtomicU64,
+    malformed: AtomicU64,
+}
+
+/// What exists between activation and reset.
+struct Active {
+    session: Arc<Session>,
+    queues: Vec<Arc<RequestQueue>>,
+    threads: Vec<JoinHandle<()>>,
+    closing: Arc<AtomicBool>,
+}
+
+/// A request queue and where its responses go.
+struct RequestQueue {
+    index: u16,
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    queue: Mutex<Queue>,
+    interrupt: Arc<dyn Interrupt>,
+    counters: Arc<Counters>,
+    trace: Option<Arc<Trace>>,
+    /// Set at reset: guest memory is no longer the device's.
+    closing: Arc<AtomicBool>,
+}
+
+impl Device {
+    /// A device that is not active yet. Fails when the eventfds of its queues cannot be had.
+    pub fn new(
+        driver: Arc<dyn HostDriver>,
+        aperture: Option<Aperture>,
+        config: DeviceConfig,
+    ) -> io::Result<Self> {
+        let queues = usize::from(config.request_queues) + 1;
+        let eventfds = match config.doorbell {
+            Doorbell::Inline => Vec::new(),
+            Doorbell::Worker => (0..config.request_queues)
+                .map(|_| EventFd::new(0))
+                .collect::<Result<_, _>>()?,
+        };
+        Ok(Self {
+            driver,
+            aperture: aperture.map(Arc::new),
+            config: ConfigSpace {
+                magic: CONFIG_MAGIC.into(),
+                version: VERSION.into(),
+                request_queues: config.request_queues.into(),
+            },
+            doorbell: config.doorbell,
+            poll: config.poll,
+            limits: config.limits,
+            trace: config.trace.map(|file| Arc::new(Trace::new(file))),
+            queue_sizes: vec![config.queue_size; queues],
+            eventfds,
+            counters: Arc::default(),
+            active: None,
+        })
+    }
+
+    /// The virtio feature bits that it offers.
+    pub fn features(&self) -> u64 {
+        1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX | 1 << VIRTIO_RING_F_INDIRECT_DESC
+    }
+
+    /// Most descriptors of each queue: the request queues, then the event queue.
+    pub fn queue_max_sizes(&self) -> &[u16] {
+        &self.queue_sizes
+    }
+
+    /// Reads the configuration space; bytes beyond it are zero.
+    pub fn read_config(&self, offset: u64, data: &mut [u8]) {
+        let offset = usize::try_from(offset).unwrap_or(usize::MAX);
+        let config = self.config.as_bytes().iter().copied().skip(offset);
+        data.iter_mut()
+            .zip(config.chain(std::iter::repeat(0)))
+            .for_each(|(to, from)| *to = from);
+    }
+
+    /// The aperture, for the VMM to give to the guest.
+    pub fn aperture(&self) -> Option<&Arc<Aperture>> {
+        self.aperture.as_ref()
+    }
+
+    /// Starts a session on these queues, one for each of [`Device::queue_max_sizes`]. Queues that the guest has not
+    /// made ready are left alone.
+    pub fn activate(
+        &mut self,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        features: u64,
+        queues: Vec<Queue>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Result<(), ActivateError> {
+        self.reset();
+        if features & 1 << VIRTIO_F_VERSION_1 == 0 {
+            return Err(ActivateError::Features);
+        }
+        if queues.len() != self.queue_sizes.len() {
+            return Err(ActivateError::Queues(queues.len(), self.queue_sizes.len()));
+        }
+        let broken = queues
+            .iter()
+            .position(|queue| queue.ready() && !queue.is_valid(&*memory.memory()));
+        if let Some(index) = broken {
+            return Err(ActivateError::Memory(index));
+        }
+        let closing = Arc::new(AtomicBool::new(false));
+        let requests = usize::from(self.config.request_queues.get());
+        let queues = (0..)
+            .zip(queues)
+            .take(requests)
+            .map(|(index, mut queue)| {
+                queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+                Arc::new(RequestQueue {
+                    index,
+                    memory: memory.clone(),
+                    queue: Mutex::new(queue),
+                    interrupt: Arc::clone(&interrupt),
+                    counters: Arc::clone(&self.counters),
+                    trace: self.trace.clone(),
+                    closing: Arc::clone(&closing),
+                })
+            })
+            .collect();
+        let session = Session::new(Arc::clone(&self.driver), self.aperture.clone(), self.limits);
+        // From here on, dropping `active` undoes everything.
+        let mut active = Active {
+            session: Arc::new(session),
+            queues,
+            threads: Vec::new(),
+            closing,
+        };
+        if self.doorbell == Doorbell::Worker {
+            for (queue, eventfd) in active.queues.iter().zip(&self.eventfds) {
+                if !queue.lock().ready() {
+                    continue;
+                }
+                let (queue, session) = (Arc::clone(queue), Arc::clone(&active.session));
+                let (eventfd, poll) = (eventfd.try_clone()?, self.poll);
+                let thread = thread::Builder::new().name(format!("pvgpu-queue{}", queue.index));
+                active
+                    .threads
+                    .push(thread.spawn(move || queue.serve(&session, &eventfd, poll))?);
+            }
+        }
+        self.active = Some(active);
+        Ok(())
+    }
+
+    /// What an ioeventfd signals for that queue; `None` when [`Device::notify`] handles requests itself.
+    pub fn doorbell(&self, queue: u16) -> Option<&EventFd> {
+        self.eventfds.get(usize::from(queue))
+    }
+
+    /// The guest has rung the doorbell of that queue.
+    pub fn notify(&self, queue: u16) {
+        self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
+        if let Some(eventfd) = self.doorbell(queue) {
+            // It fails only when the counter is full, and then the thread wakes anyway.
+            let _ = eventfd.write(1);
+            return;
+        }
+        let Some(active) = &self.active else { return };
+        if let Some(queue) = active.queues.get(usize::from(queue)) {
+            queue.drain(&active.session);
+        }
+    }
+
+    /// Ends the session: everything that the guest had is closed and unmapped when this returns.
+    pub fn reset(&mut self) {
+        let Some(active) = self.active.take() else {
+            return;
+        };
+        active.closing.store(true, Ordering::Release);
+        for eventfd in &self.eventfds {
+            let _ = eventfd.write(1);
+        }
+        for thread in active.threads {
+            if thread.join().is_err() {
+                log::error!("a queue's thread has panicked");
+            }
+        }
+        active.session.end();
+    }
+
+    /// What the device has counted since it was made, and what its session uses now.
+    pub fn statistics(&self) -> Statistics {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let session = self.active.as_ref().map(|active| &active.session);
+        Statistics {
+            doorbells: load(&self.counters.doorbells),
+            interrupts: load(&self.counters.interrupts),
+            completed: load(&self.counters.completed),
+            malformed: load(&self.counters.malformed),
+            rejected: session.map_or(0, |session| load(&session.counters().rejected)),
+            operations: session.map_or_else(Vec::new, |session| session.counters().operations()),
+            usage: session.map(|session| session.usage()),
+        }
+    }
+}
+
+impl Drop for Device {
+    fn drop(&mut self) {
+        self.reset();
+    }
+}
+
+impl RequestQueue {
+    fn lock(&self) -> MutexGuard<'_, Queue> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The queue's thread: handles requests, polls for more, then sleeps until the doorbell rings.
+    fn serve(self: &Arc<Self>, session: &Session, eventfd: &EventFd, longest: Duration) {
+        let mut request = Vec::new();
+        // Polling adapts: as long as requests come while it polls, it goes on; otherwise it polls less.
+        let mut poll = longest;
+        while !self.closing.load(Ordering::Acquire) {
+            self.set_notification(false);
+            let deadline = Instant::now() + poll;
+            let found = loop {
+                // The clock may cost a system call: it is read once in a while.
+                if (0..CLOCK_PERIOD).any(|_| self.handle_available(session, &mut request)) {
+                    break true;
+                }
+                if self.closing.load(Ordering::Acquire) {
+                    return;
+                }
+                if Instant::now() >= deadline {
+                    break false;
+                }
+            };
+            if found {
+                poll = longest;
+                continue;
+            }
+            poll = (poll / 2).max(longest / 16);
+            if !self.set_notification(true) {
+                // Fails only for a closed descriptor, which this one is not.
+                let _ = eventfd.read();
+                self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
+    /// Handles requests on the calling thread until there are no more.
+    fn drain(self: &Arc<Self>, session: &Session) {
+        let mut request = Vec::new();
+        loop {
+            self.set_notification(false);
+            while self.handle_available(session, &mut request) {}
+            if self.closing.load(Ordering::Acquire) || !self.set_notification(true) {
+                return;
+            }
+        }
+    }
+
+    /// Asks the guest for doorbells, or not to ring any. Returns whether requests are there already.
+    fn set_notification(&self, enable: bool) -> bool {
+        let memory = self.memory.memory();
+        let mut queue = self.lock();
+        match enable {
+            true => queue.enable_notification(&*memory).unwrap_or(false),
+            false => queue.disable_notification(&*memory).is_err(),
+        }
+    }
+
+    /// Handles the requests that are there now, at most a queue full of them, then interrupts the guest once if it
+    /// wants that. Returns whether there was any.
+    fn handle_available(self: &Arc<Self>, session: &Session, request: &mut Vec<u8>) -> bool {
+        let memory = self.memory.memory();
+        let limit = usize::try_from(session.limits().message).unwrap_or(usize::MAX);
+        let mut used = false;
+        let mut found = false;
+        for _ in 0..self.lock().size() {
+            if self.closing.load(Ordering::Acquire) {
+                return false;
+            }
+            let Some(chain) = self.lock().pop_descriptor_chain(memory.clone()) else {
+                break;
+            };
+            found = true;
+            let writable = match copy_in(chain, request, limit) {
+                Ok(writable) if writable.length() >= RESPONSE_HEADER => writable,
+                Ok(writable) => {
+                    self.discard(&memory, writable.head());
+                    continue;
+                }
+                Err((head, _)) => {
+                    self.discard(&memory, head);
+                    continue;
+                }
+            };
+            let arrival = self.trace.as_ref().map(|_| Instant::now());
+            let room = writable.length();
+            let mut later = Some(writable);
+            let response = session.perform(request, room, || {
+                let (queue, writable) = (Arc::clone(self), later.take());
+                let traced = self.trace.is_some().then(|| request.clone());
+                Box::new(move |response| {
+                    let Some(writable) = writable else { return };
+                    let memory = queue.memory.memory();
+                    queue.complete(&memory, &writable, &response);
+                    queue.record(arrival, traced.as_deref(), &response);
+                    queue.interrupt(&memory);
+                })
+            });
+            if let (Some(response), Some(writable)) = (response, later) {
+                self.complete(&memory, &writable, &response);
+                self.record(arrival, Some(request), &response);
+                used = true;
+            }
+        }
+        if used {
+            self.interrupt(&memory);
+        }
+        found
+    }
+
+    /// Writes a response and puts its chain into the used ring.
+    fn complete(&self, memory: &GuestMemoryMmap, writable: &Writable, response: &Response) {
+        let written = response.write(|offset, bytes| writable.write(memory, offset, bytes));
+        let length = match written {
+            Ok(()) => u32::try_from(response.length()).unwrap_or(0),
+            Err(_) => 0,
+        };
+        self.counters.completed.fetch_add(1, Ordering::Relaxed);
+        self.add_used(memory, writable.head(), length);
+    }
+
+    /// Returns a chain that is no request.
+    fn discard(&self, memory: &GuestMemoryMmap, head: u16) {
+        self.counters.malformed.fetch_add(1, Ordering::Relaxed);
+        self.add_used(memory, head, 0);
+        self.interrupt(memory);
+    }
+
+    fn add_used(&self, memory: &GuestMemoryMmap, head: u16, length: u32) {
+        let mut queue = self.lock();
+        if !self.closing.load(Ordering::Acquire) && queue.add_used(memory, head, length).is_err() {
+            self.counters.malformed.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// Interrupts the guest if it has asked for that.
+    fn interrupt(&self, memory: &GuestMemoryMmap) {
+        fence(Ordering::SeqCst);
+        let wanted = self.lock().needs_notification(memory).unwrap_or(true);
+        if wanted && !self.closing.load(Ordering::Acquire) {
+            self.counters.interrupts.fetch_add(1, Ordering::Relaxed);
+            self.interrupt.signal_queue(self.index);
+        }
+    }
+
+    fn record(&self, arrival: Option<Instant>, request: Option<&[u8]>, response: &Response) {
+        if let (Some(trace), Some(arrival), Some(request)) = (&self.trace, arrival, request) {
+            trace.record(self.index, arrival, request, response.result());
+        }
+    }
+}

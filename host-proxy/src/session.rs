@@ -1,0 +1,693 @@
+//! One guest's connection: what it has open, what it may use, and how each of its operations is performed.
+//!
+//! [`crate::device`] hands over a copied request ([`Session::perform`]) and gets a [`Response`], at once or later
+//! from another thread. Everything here works on that copy alone. Ending the session ([`Session::end`], or dropping
+//! it) cancels what waits and releases every file, object and mapping.
+
+#![deny(
+    clippy::unwrap_used,
+    clippy::expect_used,
+    clippy::indexing_slicing,
+    clippy::cast_possible_truncation
+)]
+#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
+
+use crate::aperture::Aperture;
+use crate::call::{Call, HandleChange, Owned};
+use crate::cancel::Cancel;
+use crate::driver::{HostDriver, HostObject};
+use crate::statistics::Counters;
+use crate::worker::Workers;
+use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
+use pvgpu_protocol::schema::Space;
+use pvgpu_protocol::wire::{
+    self, CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PAGE_SIZE,
+    PollRequest, ReadRequest, RequestHeader, ResponseHeader, UnmapRequest,
+};
+use pvgpu_protocol::{Errno, family};
+use std::collections::HashMap;
+use std::sync::atomic::Ordering;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Bytes of a response without payload.
+pub const RESPONSE_HEADER: usize = size_of::<ResponseHeader>();
+
+/// One guest's connection to a host driver. Dropping it ends it.
+pub struct Session(Arc<Shared>);
+
+/// What the session shares with its requests that wait.
+struct Shared {
+    driver: Arc<dyn HostDriver>,
+    aperture: Option<Arc<Aperture>>,
+    limits: Limits,
+    state: Mutex<State>,
+    workers: Workers,
+    counters: Counters,
+}
+
+#[derive(Default)]
+struct State {
+    /// Whether the hello was said.
+    open: bool,
+    /// Whether the session is over.
+    ended: bool,
+    next_object: i32,
+    objects: HashMap<i32, Object>,
+    /// Aperture offset to length, in bytes.
+    mappings: HashMap<u64, u64>,
+    /// Bytes in `mappings`.
+    mapped: u64,
+    /// Bytes of GPU memory that handles hold, and that calls in flight are about to allocate.
+    memory: u64,
+    /// Requests that may wait, by their ids.
+    in_flight: HashMap<u64, Arc<Cancel>>,
+}
+
+/// What an object id names.
+#[derive(Clone)]
+enum Object {
+    File(Arc<File>),
+    /// What an ioctl gave out as a file descriptor.
+    Shared(Arc<dyn HostObject>),
+}
+
+impl Object {
+    fn host(&self) -> &Arc<dyn HostObject> {
+        match self {
+            Self::File(file) => &file.host,
+            Self::Shared(object) => object,
+        }
+    }
+}
+
+/// An open file: one host open file description and the handles that it owns.
+struct File {
+    host: Arc<dyn HostObject>,
+    nonblocking: bool,
+    /// Handle to the bytes of GPU memory that it holds.
+    handles: Mutex<HashMap<(Space, u32), u64>>,
+}
+
+impl File {
+    fn handles(&self) -> MutexGuard<'_, HashMap<(Space, u32), u64>> {
+        self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+/// The answer to a request.
+pub struct Response {
+    id: u64,
+    result: Result<i32, Errno>,
+    payload: Payload,
+}
+
+enum Payload {
+    None,
+    Bytes(Vec<u8>),
+    /// The bytes of an ioctl that go back.
+    Call(Call),
+}
+
+/// Completes a request that did not complete at once.
+pub type Complete = Box<dyn FnOnce(Response) + Send>;
+
+impl Response {
+    fn new(id: u64, result: Result<i32, Errno>) -> Self {
+        Self {
+            id,
+            result,
+            payload: Payload::None,
+        }
+    }
+
+    /// `-errno`, or the operation's value.
+    pub fn result(&self) -> i32 {
+        match self.result {
+            Ok(value) => value,
+            Err(errno) => -errno.number(),
+        }
+    }
+
+    /// Bytes of header and payload.
+    pub fn length(&self) -> usize {
+        RESPONSE_HEADER + self.payload_length()
+    }
+
+    fn payload_length(&self) -> usize {
+        match &self.payload {
+            Payload::None => 0,
+            Payload::Bytes(bytes) => bytes.len(),
+            Payload::Call(call) => call.response_length(),
+        }
+    }
+
+    /// Hands out the response in parts, each with its offset; bytes between them are not written.
+    pub fn write<E>(&self, mut part: impl FnMut(usize, &[u8]) -> Result<(), E>) -> Result<(), E> {
+        let header = ResponseHeader {
+            id: self.id.into(),
+            result: self.result().into(),
+            length: u32::try_from(self.payload_length())
+                .unwrap_or(u32::MAX)
+                .into(),
+        };
+        part(0, header.as_bytes())?;
+        match &self.payload {
+            Payload::None => Ok(()),
+            Payload::Bytes(bytes) => part(RESPONSE_HEADER, bytes),
+            Payload::Call(call) => call
+                .response_parts()
+                .try_for_each(|(offset, bytes)| part(RESPONSE_HEADER + offset, bytes)),
+        }
+    }
+}
+
+/// Splits the body of an operation from the payload behind it.
+fn body<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<(&T, &[u8]), Errno> {
+    T::ref_from_prefix(bytes).map_err(|_| Errno::EINVAL)
+}
+
+/// The body of an operation that has no payload.
+fn only_body<T: FromBytes + KnownLayout + Immutable>(bytes: &[u8]) -> Result<&T, Errno> {
+    T::ref_from_bytes(bytes).map_err(|_| Errno::EINVAL)
+}
+
+/// `Err(errno)` unless the condition holds.
+fn require(condition: bool, errno: Errno) -> Result<(), Errno> {
+    if condition { Ok(()) } else { Err(errno) }
+}
+
+impl Session {
+    /// A session that waits for its hello. Without an aperture, mapping is refused.
+    pub fn new(
+        driver: Arc<dyn HostDriver>,
+        aperture: Option<Arc<Aperture>>,
+        limits: Limits,
+    ) -> Self {
+        Self(Arc::new(Shared {
+            driver,
+            aperture,
+            limits,
+            state: Mutex::default(),
+            workers: Workers::default(),
+            counters: Counters::default(),
+        }))
+    }
+
+    /// What this guest may use.
+    pub fn limits(&self) -> &Limits {
+        &self.0.limits
+    }
+
+    /// What the session counts.
+    pub fn counters(&self) -> &Counters {
+        &self.0.counters
+    }
+
+    /// What the session uses now.
+    pub fn usage(&self) -> Usage {
+        self.0.usage()
+    }
+
+    /// Performs a request: the whole message, copied from the guest. `room` is how many bytes of response the
+    /// guest has place for, at least [`RESPONSE_HEADER`].
+    ///
+    /// A request that may wait is completed from another thread, and `complete` is what it gets for that. All others
+    /// are answered here.
+    pub fn perform(
+        &self,
+        request: &[u8],
+        room: usize,
+        complete: impl FnOnce() -> Complete,
+    ) -> Option<Response> {
+        self.0.perform(request, room, complete)
+    }
+
+    /// Ends the session: cancels what waits, then closes and unmaps everything. Waits until the host driver has let
+    /// go of the last request.
+    pub fn end(&self) {
+        self.0.end();
+    }
+}
+
+impl Drop for Session {
+    fn drop(&mut self) {
+        self.end();
+    }
+}
+
+impl Shared {
+    fn perform(
+        self: &Arc<Self>,
+        request: &[u8],
+        room: usize,
+        complete: impl FnOnce() -> Complete,
+    ) -> Option<Response> {
+        let Ok((header, rest)) = RequestHeader::read_from_prefix(request) else {
+            self.counters.rejected.fetch_add(1, Ordering::Relaxed);
+            return Some(Response::new(0, Err(Errno::EPROTO)));
+        };
+        let id = header.id.get();
+        let room = room.saturating_sub(RESPONSE_HEADER);
+        let result = self.dispatch(&header, rest, room, complete);
+        match result {
+            Ok(response) => response,
+            Err(errno) => {
+                self.counters.rejected.fetch_add(1, Ordering::Relaxed);
+                Some(Response::new(id, Err(errno)))
+            }
+        }
+    }
+
+    fn dispatch(
+        self: &Arc<Self>,
+        header: &RequestHeader,
+        rest: &[u8],
+        room: usize,
+        complete: impl FnOnce() -> Complete,
+    ) -> Result<Option<Response>, Errno> {
+        let id = header.id.get();
+        let done = |value| Ok(Some(Response::new(id, Ok(value))));
+        let operation = Operation::from_number(header.operation.get()).ok_or(Errno::ENOSYS)?;
+        self.counters.count(operation);
+        require(header.flags.get() == 0, Errno::EINVAL)?;
+        let object_id = i32::try_from(header.object.get()).map_err(|_| Errno::EBADF)?;
+        match operation {
+            Operation::Hello => return self.hello(id, rest, room).map(Some),
+            Operation::Nop => return done(0),
+            _ => require(self.state().open, Errno::EPROTO)?,
+        }
+        match operation {
+            Operation::Hello | Operation::Nop => done(0),
+            Operation::Open => done(self.open(only_body(rest)?)?),
+            Operation::Close => {
+                require(rest.is_empty(), Errno::EINVAL)?;
+                self.close(object_id)?;
+                done(0)
+            }
+            Operation::Ioctl => {
+                let (ioctl, payload) = body::<IoctlRequest>(rest)?;
+                require(ioctl.reserved == 0, Errno::EINVAL)?;
+                self.ioctl(id, object_id, ioctl.command.get(), payload, room, complete)
+            }
+            Operation::Map => {
+                require(room >= size_of::<MapResponse>(), Errno::EINVAL)?;
+                let mapped = self.map(object_id, only_body(rest)?)?;
+                Ok(Some(Response {
+                    payload: Payload::Bytes(mapped.as_bytes().to_vec()),
+                    ..Response::new(id, Ok(0))
+                }))
+            }
+            Operation::Unmap => {
+                self.unmap(only_body(rest)?)?;
+                done(0)
+            }
+            Operation::Poll => {
+                let poll: &PollRequest = only_body(rest)?;
+                require(poll.reserved == 0, Errno::EINVAL)?;
+                let object = self.object(object_id)?;
+                let (events, timeout) = (poll.events.get(), poll.timeout_ns.get());
+                let timeout = u64::try_from(timeout).ok().map(Duration::from_nanos);
+                let ask = move |cancel: &Cancel| {
+                    let ready = object.host().poll(events, timeout, cancel);
+                    let value = ready.map(|ready| i32::try_from(ready).unwrap_or(0));
+                    Response::new(id, value)
+                };
+                self.run(id, timeout != Some(Duration::ZERO), ask, complete)
+            }
+            Operation::Read => {
+                let read: &ReadRequest = only_body(rest)?;
+                require(read.reserved == 0, Errno::EINVAL)?;
+                let Object::File(file) = self.object(object_id)? else {
+                    return Err(Errno::EINVAL);
+                };
+                let length = usize::try_from(read.length.get()).map_err(|_| Errno::EINVAL)?;
+                require(
+                    length <= room && length <= self.message_limit(),
+                    Errno::EINVAL,
+                )?;
+                let waits = !file.nonblocking;
+                let ask = move |cancel: &Cancel| {
+                    let mut bytes = vec![0; length];
+                    let result = file.host.read(&mut bytes, cancel);
+                    bytes.truncate(result.unwrap_or(0));
+                    Response {
+                        payload: Payload::Bytes(bytes),
+                        ..Response::new(id, result.map(|count| i32::try_from(count).unwrap_or(0)))
+                    }
+                };
+                self.run(id, waits, ask, complete)
+            }
+            Operation::Cancel => {
+                let cancel: &CancelRequest = only_body(rest)?;
+                let found = self.state().in_flight.get(&cancel.id.get()).cloned();
+                self.workers.cancel(found.ok_or(Errno::ENOENT)?);
+                done(0)
+            }
+        }
+    }
+
+    /// Runs an operation here, or on a worker thread if it may wait.
+    fn run(
+        self: &Arc<Self>,
+        id: u64,
+        waits: bool,
+        operation: impl FnOnce(&Cancel) -> Response + Send + 'static,
+        complete: impl FnOnce() -> Complete,
+    ) -> Result<Option<Response>, Errno> {
+        if !waits {
+            return Ok(Some(operation(&Cancel::new())));
+        }
+        let cancel = Arc::new(Cancel::new());
+        let limit = usize::try_from(self.limits.in_flight).unwrap_or(usize::MAX);
+        {
+            let mut state = self.state();
+            require(!state.ended, Errno::ENODEV)?;
+            require(state.in_flight.len() < limit, Errno::EAGAIN)?;
+            require(!state.in_flight.contains_key(&id), Errno::EINVAL)?;
+            state.in_flight.insert(id, Arc::clone(&cancel));
+        }
+        let session = Arc::clone(self);
+        let complete = complete();
+        let job = move || {
+            let response = operation(&cancel);
+            // The id is free again before the guest can see the response.
+            session.state().in_flight.remove(&id);
+            drop((cancel, session));
+            complete(response);
+        };
+        self.workers.run(Box::new(job)).map(|()| None).map_err(|_| {
+            self.state().in_flight.remove(&id);
+            Errno::EAGAIN
+        })
+    }
+
+    fn hello(&self, id: u64, payload: &[u8], room: usize) -> Result<Response, Errno> {
+        let hello: Hello<'_> = control::decode(payload)?;
+        let range = hello.version_min..=hello.version_max;
+        require(range.contains(&wire::VERSION), Errno::EOPNOTSUPP)?;
+        let mut state = self.state();
+        require(!state.open && !state.ended, Errno::EBUSY)?;
+        let identity = self.driver.identity();
+        let reply = HelloReply {
+            version: wire::VERSION,
+            features: 0,
+            limits: self.limits,
+            aperture: self.aperture.as_ref().map_or(0, |aperture| aperture.size()),
+            driver: control::DriverIdentity {
+                name: &identity.name,
+                version: identity.version,
+                date: &identity.date,
+                description: &identity.description,
+            },
+        };
+        let mut bytes = vec![0; control::RECORD_LIMIT.min(room)];
+        let length = control::encode(&reply, &mut bytes)?;
+        bytes.truncate(length);
+        state.open = true;
+        let guest: String = hello.guest.chars().take(64).collect();
+        log::info!("session of {:?} on {}", guest, identity.name);
+        Ok(Response {
+            payload: Payload::Bytes(bytes),
+            ..Response::new(id, Ok(0))
+        })
+    }
+
+    fn open(&self, open: &OpenRequest) -> Result<i32, Errno> {
+        let flags = open.flags.get();
+        let allowed = wire::open::RDWR | wire::open::NONBLOCK;
+        require(flags & !allowed == 0 && open.reserved == 0, Errno::EINVAL)?;
+        // Opening may be slow, so the lock is not held; the limit is checked again when the file goes in.
+        self.room_for_object(&self.state())?;
+        let host = self.driver.open(flags)?;
+        let file = File {
+            host,
+            nonblocking: flags & wire::open::NONBLOCK != 0,
+            handles: Mutex::default(),
+        };
+        self.insert(Object::File(Arc::new(file)))
+    }
+
+    fn close(&self, id: i32) -> Result<(), Errno> {
+        let object = self.state().objects.remove(&id).ok_or(Errno::EBADF)?;
+        if let Object::File(file) = object {
+            let held: u64 = file.handles().drain().map(|(_, bytes)| bytes).sum();
+            self.release_memory(held);
+        }
+        Ok(())
+    }
+
+    fn ioctl(
+        self: &Arc<Self>,
+        id: u64,
+        object: i32,
+        command: u32,
+        payload: &[u8],
+        room: usize,
+        complete: impl FnOnce() -> Complete,
+    ) -> Result<Option<Response>, Errno> {
+        let Object::File(file) = self.object(object)? else {
+            return Err(Errno::ENOTTY);
+        };
+        let ioctl = family::find(self.driver.families(), command).ok_or(Errno::ENOTTY)?;
+        let owned = OwnedBy {
+            session: self,
+            file: &file,
+        };
+        let call = Call::new(ioctl, command, payload, &owned, self.message_limit())?;
+        require(call.response_length() <= room, Errno::EINVAL)?;
+        let waits = call.may_block();
+        let session = Arc::clone(self);
+        let run = move |cancel: &Cancel| {
+            let mut call = call;
+            let result = session.execute(&file, &mut call, cancel);
+            Response {
+                payload: Payload::Call(call),
+                ..Response::new(id, result)
+            }
+        };
+        self.run(id, waits, run, complete)
+    }
+
+    /// Performs a validated ioctl and keeps the books of what it creates and closes.
+    fn execute(&self, file: &File, call: &mut Call, cancel: &Cancel) -> Result<i32, Errno> {
+        let allocated = call.allocated_bytes();
+        let changes = call.handle_changes();
+        let creates = changes.iter().filter(|change| change.created).count();
+        let limit = usize::try_from(self.limits.handles).unwrap_or(usize::MAX);
+        require(
+            creates == 0 || file.handles().len() + creates <= limit,
+            Errno::ENOMEM,
+        )?;
+        {
+            let mut state = self.state();
+            if call.fds_out().next().is_some() {
+                self.room_for_object(&state)?;
+            }
+            let memory = state.memory.saturating_add(allocated);
+            require(memory <= self.limits.memory, Errno::ENOMEM)?;
+            state.memory = memory;
+        }
+        // A closed handle leaves the books first: the host may give its number to another call at once.
+        let closed: Vec<_> = changes
+            .iter()
+            .filter(|change| !change.created)
+            .filter_map(|change| {
+                let key = (change.space, change.handle);
+                file.handles().remove(&key).map(|bytes| (key, bytes))
+            })
+            .collect();
+        let result = file.host.ioctl(call, cancel);
+        if result.is_err() {
+            file.handles().extend(closed);
+            self.release_memory(allocated);
+        } else {
+            let freed = closed.into_iter().map(|(_, bytes)| bytes).sum();
+            let unheld = self.record_created(file, call, allocated);
+            self.release_memory(unheld.saturating_add(freed));
+        }
+        call.publish(|object| self.insert(Object::Shared(object)))?;
+        result
+    }
+
+    /// Books the handles that a call has created; returns the allocated bytes that none of them holds.
+    fn record_created(&self, file: &File, call: &Call, allocated: u64) -> u64 {
+        let mut unheld = allocated;
+        let mut handles = file.handles();
+        for HandleChange {
+            space,
+            handle,
+            created,
+        } in call.handle_changes()
+        {
+            if created && handle != 0 {
+                // An import may return a handle that the file already has, which keeps its bytes.
+                handles
+                    .entry((space, handle))
+                    .or_insert_with(|| std::mem::take(&mut unheld));
+            }
+        }
+        unheld
+    }
+
+    fn map(&self, object: i32, map: &MapRequest) -> Result<MapResponse, Errno> {
+        let (offset, length) = (map.offset.get(), map.length.get());
+        let protection = map.protection.get();
+        let allowed = wire::protection::READ | wire::protection::WRITE;
+        require(
+            protection & !allowed == 0 && map.reserved == 0,
+            Errno::EINVAL,
+        )?;
+        let aligned = offset.is_multiple_of(PAGE_SIZE) && length.is_multiple_of(PAGE_SIZE);
+        require(aligned && length != 0, Errno::EINVAL)?;
+        offset.checked_add(length).ok_or(Errno::EOVERFLOW)?;
+        let aperture = self.aperture.as_ref().ok_or(Errno::ENODEV)?;
+        let object = self.object(object)?;
+        {
+            let mut state = self.state();
+            require(!state.ended, Errno::ENODEV)?;
+            let mapped = state.mapped.saturating_add(length);
+            require(mapped <= self.limits.mapped, Errno::ENOMEM)?;
+            state.mapped = mapped;
+        }
+        let mapping = object.host().mapping(offset, length, protection);
+        let result = mapping.and_then(|mapping| aperture.map(&mapping, length));
+        let mut state = self.state();
+        match result {
+            Ok(aperture_offset) if !state.ended => {
+                state.mappings.insert(aperture_offset, length);
+                Ok(MapResponse {
+                    aperture_offset: aperture_offset.into(),
+                    length: length.into(),
+                })
+            }
+            Ok(aperture_offset) => {
+                aperture.unmap(aperture_offset, length);
+                Err(Errno::ENODEV)
+            }
+            Err(errno) => {
+                state.mapped = state.mapped.saturating_sub(length);
+                Err(errno)
+            }
+        }
+    }
+
+    fn unmap(&self, unmap: &UnmapRequest) -> Result<(), Errno> {
+        let aperture = self.aperture.as_ref().ok_or(Errno::ENODEV)?;
+        let (offset, length) = (unmap.aperture_offset.get(), unmap.length.get());
+        {
+            let mut state = self.state();
+            require(state.mappings.get(&offset) == Some(&length), Errno::EINVAL)?;
+            state.mappings.remove(&offset);
+            state.mapped = state.mapped.saturating_sub(length);
+        }
+        aperture.unmap(offset, length);
+        Ok(())
+    }
+
+    fn end(&self) {
+        let (in_flight, objects, mappings) = {
+            let mut state = self.state();
+            state.ended = true;
+            state.open = false;
+            state.mapped = 0;
+            state.memory = 0;
+            let in_flight: Vec<_> = state.in_flight.values().cloned().collect();
+            (
+                in_flight,
+                std::mem::take(&mut state.objects),
+                std::mem::take(&mut state.mappings),
+            )
+        };
+        for cancel in in_flight {
+            self.workers.cancel(cancel);
+        }
+        self.workers.drain();
+        if let Some(aperture) = &self.aperture {
+            for (offset, length) in mappings {
+                aperture.unmap(offset, length);
+            }
+        }
+        drop(objects);
+    }
+
+    fn usage(&self) -> Usage {
+        let state = self.state();
+        Usage {
+            objects: state.objects.len(),
+            mapped: state.mapped,
+            memory: state.memory,
+            in_flight: state.in_flight.len(),
+        }
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn message_limit(&self) -> usize {
+        usize::try_from(self.limits.message).unwrap_or(usize::MAX)
+    }
+
+    fn object(&self, id: i32) -> Result<Object, Errno> {
+        self.state().objects.get(&id).cloned().ok_or(Errno::EBADF)
+    }
+
+    fn room_for_object(&self, state: &State) -> Result<(), Errno> {
+        let limit = usize::try_from(self.limits.objects).unwrap_or(usize::MAX);
+        require(!state.ended, Errno::ENODEV)?;
+        require(state.objects.len() < limit, Errno::EMFILE)
+    }
+
+    /// Gives an object the next free id. On failure the object is dropped, and with it what the host has opened.
+    fn insert(&self, object: Object) -> Result<i32, Errno> {
+        let mut state = self.state();
+        self.room_for_object(&state)?;
+        loop {
+            // Ids start at 1 and are reused late, so that a guest's mistake rarely hits another object.
+            state.next_object = state.next_object.checked_add(1).unwrap_or(1);
+            let id = state.next_object;
+            if let std::collections::hash_map::Entry::Vacant(entry) = state.objects.entry(id) {
+                entry.insert(object);
+                return Ok(id);
+            }
+        }
+    }
+
+    fn release_memory(&self, bytes: u64) {
+        let mut state = self.state();
+        state.memory = state.memory.saturating_sub(bytes);
+    }
+}
+
+/// What a session uses now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+pub struct Usage {
+    /// Open files and other objects.
+    pub objects: usize,
+    /// Bytes mapped into the aperture.
+    pub mapped: u64,
+    /// Bytes of GPU memory held by handles.
+    pub memory: u64,
+    /// Requests that may be waiting.
+    pub in_flight: usize,
+}
+
+/// A file's handles and its session's objects.
+struct OwnedBy<'a> {
+    session: &'a Shared,
+    file: &'a File,
+}
+
+impl Owned for OwnedBy<'_> {
+    fn owns(&self, space: Space, handle: u32) -> bool {
+        self.file.handles().contains_key(&(space, handle))
+    }
+
+    fn object(&self, id: i32) -> Result<Arc<dyn HostObject>, Errno> {
+        self.session
+            .object(id)
+            .map(|object| Arc::clone(object.host()))
+    }
+}

@@ -1,0 +1,54 @@
+//! What the proxy counts, for operators and benchmarks.
+
+use crate::session::Usage;
+use pvgpu_protocol::wire::Operation;
+use serde::Serialize;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+/// Counters of one session; they only grow.
+#[derive(Default)]
+pub struct Counters {
+    operations: [AtomicU64; OPERATIONS],
+    /// Requests answered with an errno before any host driver was asked.
+    pub rejected: AtomicU64,
+}
+
+const OPERATIONS: usize = 10;
+
+impl Counters {
+    pub(crate) fn count(&self, operation: Operation) {
+        if let Some(counter) = self.operations.get(usize::from(operation.number())) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
+    /// How many requests there were of each operation, by its name.
+    pub fn operations(&self) -> Vec<(&'static str, u64)> {
+        (0..)
+            .zip(&self.operations)
+            .filter_map(|(number, counter)| {
+                let name = Operation::from_number(number)?.name();
+                Some((name, counter.load(Ordering::Relaxed)))
+            })
+            .collect()
+    }
+}
+
+/// Counters of a device and of its session, at one moment.
+#[derive(Clone, Debug, Default, Serialize)]
+pub struct Statistics {
+    /// How often the doorbell reached the device.
+    pub doorbells: u64,
+    /// How often the guest was interrupted.
+    pub interrupts: u64,
+    /// Requests completed.
+    pub completed: u64,
+    /// Requests answered with an errno before any host driver was asked.
+    pub rejected: u64,
+    /// Descriptor chains that were no request: without room for an answer, too long, or broken.
+    pub malformed: u64,
+    /// Requests of each operation.
+    pub operations: Vec<(&'static str, u64)>,
+    /// What the session uses now.
+    pub usage: Option<Usage>,
+}

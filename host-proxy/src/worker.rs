@@ -1,0 +1,243 @@
+//! The threads on which requests that may block wait.
+//!
+//! [`crate::session`] hands such a request over with its [`Cancel`]; it completes whenever it is done, in any order.
+//! A thread is started when none is idle, so one waiting request never holds up another; how many there can be is
+//! the session's limit on requests in flight.
+
+use crate::cancel::Cancel;
+use std::collections::VecDeque;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread;
+use std::time::Duration;
+
+/// How long an idle thread stays.
+const IDLE: Duration = Duration::from_secs(2);
+/// How often a cancelled request is woken until it is done: a wake-up just before it waits is lost.
+const WAKE_PERIOD: Duration = Duration::from_millis(1);
+
+type Job = Box<dyn FnOnce() + Send>;
+
+/// A pool of threads. Dropping it waits for all requests.
+pub struct Workers {
+    shared: Arc<Shared>,
+}
+
+struct Shared {
+    state: Mutex<State>,
+    /// There is a job, or the pool closes.
+    job: Condvar,
+    /// A request was cancelled, a thread ended, or the pool closes.
+    change: Condvar,
+}
+
+#[derive(Default)]
+struct State {
+    jobs: VecDeque<Job>,
+    threads: usize,
+    idle: usize,
+    /// Cancelled requests that are not known to be done.
+    cancelled: Vec<Arc<Cancel>>,
+    waking: bool,
+    closing: bool,
+}
+
+impl Default for Workers {
+    fn default() -> Self {
+        Self {
+            shared: Arc::new(Shared {
+                state: Mutex::default(),
+                job: Condvar::new(),
+                change: Condvar::new(),
+            }),
+        }
+    }
+}
+
+impl Workers {
+    /// Runs a job on a thread of the pool. Gives it back when no thread can be had.
+    pub fn run(&self, job: Job) -> Result<(), Job> {
+        let mut state = self.shared.lock();
+        if state.idle <= state.jobs.len() {
+            let shared = Arc::clone(&self.shared);
+            let started = thread::Builder::new()
+                .name("pvgpu-worker".into())
+                .spawn(move || shared.work());
+            match started {
+                Ok(_) => state.threads += 1,
+                Err(error) => {
+                    log::warn!("cannot start a worker thread: {error}");
+                    return Err(job);
+                }
+            }
+        }
+        state.jobs.push_back(job);
+        self.shared.job.notify_one();
+        Ok(())
+    }
+
+    /// Cancels a request and wakes it until it is done.
+    pub fn cancel(&self, cancel: Arc<Cancel>) {
+        cancel.cancel();
+        let mut state = self.shared.lock();
+        state.cancelled.push(cancel);
+        if !state.waking {
+            let shared = Arc::clone(&self.shared);
+            state.waking = thread::Builder::new()
+                .name("pvgpu-cancel".into())
+                .spawn(move || shared.wake())
+                .is_ok();
+        }
+    }
+}
+
+impl Workers {
+    /// Waits until all requests are done and all threads have ended. Later jobs start new threads.
+    pub fn drain(&self) {
+        let mut state = self.shared.lock();
+        state.closing = true;
+        self.shared.job.notify_all();
+        while state.threads > 0 || state.waking {
+            state = self
+                .shared
+                .change
+                .wait(state)
+                .unwrap_or_else(PoisonError::into_inner);
+        }
+        state.closing = false;
+    }
+}
+
+impl Drop for Workers {
+    fn drop(&mut self) {
+        self.drain();
+    }
+}
+
+impl Shared {
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// A worker thread.
+    fn work(&self) {
+        let _leaving = Leaving(self);
+        let mut state = self.lock();
+        loop {
+            if let Some(job) = state.jobs.pop_front() {
+                drop(state);
+                job();
+                state = self.lock();
+                continue;
+            }
+            if state.closing {
+                break;
+            }
+            state.idle += 1;
+            let (guard, timeout) = self
+                .job
+                .wait_timeout(state, IDLE)
+                .unwrap_or_else(PoisonError::into_inner);
+            state = guard;
+            state.idle -= 1;
+            if timeout.timed_out() && state.jobs.is_empty() {
+                break;
+            }
+        }
+    }
+
+    /// The thread that wakes cancelled requests; it ends when all are done.
+    fn wake(&self) {
+        loop {
+            let mut state = self.lock();
+            // A request that is done has dropped its own reference.
+            state
+                .cancelled
+                .retain(|cancel| Arc::strong_count(cancel) > 1);
+            if state.cancelled.is_empty() {
+                state.waking = false;
+                self.change.notify_all();
+                return;
+            }
+            let cancelled = state.cancelled.clone();
+            drop(state);
+            cancelled.iter().for_each(|cancel| cancel.cancel());
+            drop(cancelled);
+            thread::sleep(WAKE_PERIOD);
+        }
+    }
+}
+
+/// Counts a worker thread out, even if its job panics.
+struct Leaving<'a>(&'a Shared);
+
+impl Drop for Leaving<'_> {
+    fn drop(&mut self) {
+        self.0.lock().threads -= 1;
+        self.0.change.notify_all();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::mpsc;
+
+    #[test]
+    fn a_waiting_job_does_not_hold_up_another() {
+        let workers = Workers::default();
+        let (release, blocked) = mpsc::channel::<()>();
+        let (done, result) = mpsc::channel();
+        workers
+            .run(Box::new(move || blocked.recv().unwrap()))
+            .ok()
+            .unwrap();
+        workers
+            .run(Box::new(move || done.send(7).unwrap()))
+            .ok()
+            .unwrap();
+        assert_eq!(result.recv().unwrap(), 7);
+        release.send(()).unwrap();
+    }
+
+    #[test]
+    fn a_cancelled_job_is_woken_even_if_it_begins_to_wait_later() {
+        let workers = Workers::default();
+        let cancel = Arc::new(Cancel::new());
+        let (wake, woken) = mpsc::channel();
+        let (done, result) = mpsc::channel();
+        let job_cancel = Arc::clone(&cancel);
+        workers
+            .run(Box::new(move || {
+                let wake = Arc::new(move || wake.send(()).unwrap_or(()));
+                // The first wake-up is lost on purpose: only a second one ends the wait.
+                let waited = job_cancel.interruptible(wake, || {
+                    woken.recv().unwrap();
+                    woken.recv().unwrap();
+                });
+                done.send(waited).unwrap();
+            }))
+            .ok()
+            .unwrap();
+        thread::sleep(Duration::from_millis(20));
+        workers.cancel(cancel);
+        assert_eq!(
+            result.recv_timeout(Duration::from_secs(10)).unwrap(),
+            Ok(())
+        );
+    }
+
+    #[test]
+    fn dropping_the_pool_waits_for_its_jobs() {
+        let workers = Workers::default();
+        let (done, result) = mpsc::channel();
+        workers
+            .run(Box::new(move || {
+                thread::sleep(Duration::from_millis(50));
+                done.send(()).unwrap();
+            }))
+            .ok()
+            .unwrap();
+        drop(workers);
+        assert_eq!(result.try_recv(), Ok(()));
+    }
+}
