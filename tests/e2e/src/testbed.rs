@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 mod boot;
+mod guest;
 mod kvm;
 mod mini_vmm;
 mod vgem;
@@ -26,10 +27,16 @@ pub struct Test {
 
 /// All tests, in the order in which they run: what is simplest first.
 pub fn tests() -> Vec<&'static Test> {
-    [kvm::TESTS, boot::TESTS, vgem::TESTS, virtio_gpu::TESTS]
-        .into_iter()
-        .flatten()
-        .collect()
+    [
+        kvm::TESTS,
+        vgem::TESTS,
+        virtio_gpu::TESTS,
+        guest::TESTS,
+        boot::TESTS,
+    ]
+    .into_iter()
+    .flatten()
+    .collect()
 }
 
 /// Fails the test with a formatted reason unless `condition` holds.
