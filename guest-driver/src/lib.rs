@@ -1,1 +1,13 @@
-//! pvgpu-guest-driver
+//! The guest side of pvgpu: turns operations on a DRM device file into requests, and their answers back.
+//!
+//! - [`session`]: one method per operation of the protocol.
+//! - [`marshal`]: gathers an ioctl's argument by its schema, and writes back what comes out.
+//! - [`channel`]: how bytes travel; `baremetal` (feature `baremetal`) is the port on virtio-mmio.
+//! - [`flat`]: a caller in the driver's own address space.
+
+#![no_std]
+
+pub mod channel;
+pub mod flat;
+pub mod marshal;
+pub mod session;

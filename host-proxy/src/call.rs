@@ -8,7 +8,7 @@
 use crate::clock;
 use crate::driver::HostObject;
 use pvgpu_protocol::Errno;
-use pvgpu_protocol::layout::{Array, Payload, align, lay_out};
+use pvgpu_protocol::layout::{Array, Payload, align, lay_out, structs};
 use pvgpu_protocol::schema::{Direction, Element, Field, Ioctl, Kind, Space, Struct};
 use std::ops::Range;
 use std::sync::Arc;
@@ -236,22 +236,9 @@ impl Call {
         }
     }
 
-    /// Every struct that came in, with the range of its bytes: the argument, then the elements of arrays.
-    fn structs(&self) -> impl Iterator<Item = (&'static Struct, Range<usize>)> + '_ {
-        let argument = (self.ioctl.argument, 0..self.argument);
-        let elements = self.arrays.iter().flat_map(|array| {
-            let (structure, start) = match (array.pointer.element, array.request) {
-                (Element::Struct(structure), Some(start)) => (Some(structure), start),
-                _ => (None, 0),
-            };
-            structure.into_iter().flat_map(move |structure| {
-                let size = usize::from(structure.size);
-                (start..start + array.length)
-                    .step_by(size.max(1))
-                    .map(move |base| (structure, base..base + size))
-            })
-        });
-        std::iter::once(argument).chain(elements)
+    /// Every struct that came in, with the range of its bytes.
+    fn structs(&self) -> impl Iterator<Item = (&'static Struct, Range<usize>)> {
+        structs(self.ioctl, self.argument, &self.arrays)
     }
 
     /// The ioctl's schema.

@@ -11,6 +11,7 @@
 use crate::Errno;
 use crate::schema::{Count, Element, Ioctl, Kind, Pointer, Struct};
 use arrayvec::ArrayVec;
+use core::ops::Range;
 
 /// Arrays start at multiples of this many bytes in a payload, the argument at zero.
 pub const ALIGNMENT: usize = 8;
@@ -48,8 +49,9 @@ pub struct Array {
     pub request: Option<usize>,
     /// Where it lies in the response's payload, if it comes out.
     pub response: Option<usize>,
-    /// Whether the pointer field is null.
-    pub null: bool,
+    /// The pointer field's value as it was read: the caller's address in the guest, [`PRESENT`] in the host, zero for
+    /// a null pointer.
+    pub address: u64,
     depth: u8,
 }
 
@@ -99,6 +101,25 @@ pub fn lay_out<P: Payload>(ioctl: &Ioctl, size: u16, payload: &mut P) -> Result<
         }
     }
     Ok(layout)
+}
+
+/// Every struct that goes in, with the range of its bytes in the request's payload: the argument of `size` bytes,
+/// then the elements of arrays.
+pub fn structs(
+    ioctl: &'static Ioctl,
+    size: usize,
+    arrays: &[Array],
+) -> impl Iterator<Item = (&'static Struct, Range<usize>)> {
+    let elements = arrays.iter().filter_map(|array| {
+        let (structure, start) = match array.pointer.element {
+            Element::Struct(structure) => (structure, array.request?),
+            _ => return None,
+        };
+        let size = usize::from(structure.size);
+        let bases = (start..start + array.length).step_by(size.max(1));
+        Some(bases.map(move |base| (structure, base..base + size)))
+    });
+    core::iter::once((ioctl.argument, 0..size)).chain(elements.flatten())
 }
 
 impl Struct {
@@ -166,7 +187,7 @@ impl Layout {
                     length,
                     request,
                     response,
-                    null,
+                    address,
                     depth,
                 })
                 .map_err(|_| Errno::E2BIG)?;
@@ -317,7 +338,7 @@ mod tests {
             layout
                 .arrays
                 .iter()
-                .all(|array| array.null && array.length == 0)
+                .all(|array| array.address == 0 && array.length == 0)
         );
     }
 

@@ -1,0 +1,440 @@
+//! A guest's session with the proxy: the hello, then every operation of the protocol as a method.
+//!
+//! The test guest, the Linux module and the tests call it. It owns the [`Channel`], knows which schemas the host
+//! driver speaks, and holds nothing else: the state of files and objects is the host's.
+
+use crate::channel::{Channel, Slot};
+use crate::marshal::{Caller, gather, scatter};
+use arrayvec::ArrayString;
+use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
+use pvgpu_protocol::family::{self, Family};
+use pvgpu_protocol::layout::Layout;
+use pvgpu_protocol::schema::Ioctl;
+use pvgpu_protocol::wire::{
+    CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PollRequest,
+    ReadRequest, RequestHeader, ResponseHeader, UnmapRequest, VERSION,
+};
+use pvgpu_protocol::{Errno, wire};
+use zerocopy::{FromBytes, Immutable, IntoBytes};
+
+const REQUEST_HEADER: usize = size_of::<RequestHeader>();
+const RESPONSE_HEADER: usize = size_of::<ResponseHeader>();
+const IOCTL_HEADER: usize = REQUEST_HEADER + size_of::<IoctlRequest>();
+/// Payload bytes that an ioctl is given at first; most need less.
+const IOCTL_ROOM: usize = 1024;
+
+/// A session with the proxy.
+pub struct Session<C: Channel> {
+    channel: C,
+    next_id: u64,
+    host: Host,
+}
+
+/// What the proxy has said of itself in the hello.
+#[derive(Clone, Copy, Debug)]
+pub struct Host {
+    /// Name of the host driver.
+    pub driver: ArrayString<32>,
+    /// Its version.
+    pub driver_version: [i32; 3],
+    /// What this guest may use.
+    pub limits: Limits,
+    /// Size of the aperture in bytes.
+    pub aperture: u64,
+    families: &'static [&'static Family],
+}
+
+/// An open file, or another object that an ioctl gave out: its id in the session.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct ObjectId(pub i32);
+
+/// A request in flight. It must be finished; the device writes to its buffers until then.
+#[derive(Debug)]
+#[must_use = "a request that is not finished keeps its buffers"]
+pub struct Pending {
+    slot: Slot,
+    id: u64,
+}
+
+impl Pending {
+    /// The id that names it to [`Session::cancel`].
+    pub fn id(&self) -> u64 {
+        self.id
+    }
+}
+
+/// An ioctl in flight.
+#[derive(Debug)]
+#[must_use = "an ioctl that is not finished keeps its buffers"]
+pub struct PendingIoctl {
+    /// The request.
+    pub request: Pending,
+    ioctl: &'static Ioctl,
+    layout: Layout,
+    address: u64,
+}
+
+/// A range of an object in the aperture.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Mapping {
+    /// Where it starts in the aperture, in bytes.
+    pub aperture_offset: u64,
+    /// Its length in bytes.
+    pub length: u64,
+}
+
+impl<C: Channel> Session<C> {
+    /// Says hello. `EOPNOTSUPP` when the proxy speaks another version of the protocol, `EPROTO` when it answers
+    /// something else than a hello.
+    pub fn connect(mut channel: C, guest: &str) -> Result<Self, Errno> {
+        let hello = Hello {
+            version_min: VERSION,
+            version_max: VERSION,
+            features: 0,
+            guest,
+        };
+        let mut record = [0; 128];
+        let length = control::encode(&hello, &mut record)?;
+        let payload = record.get(..length).ok_or(Errno::E2BIG)?;
+        let pending = start(
+            &mut channel,
+            (Operation::Hello, 0, 0),
+            &(),
+            payload,
+            control::RECORD_LIMIT,
+        )?;
+        channel.doorbell();
+        let answer = finish(&mut channel, &pending, |_, payload| {
+            let reply: HelloReply<'_> = control::decode(payload)?;
+            let mut driver = ArrayString::new();
+            driver
+                .try_push_str(reply.driver.name)
+                .map_err(|_| Errno::EPROTO)?;
+            Ok(Host {
+                driver,
+                driver_version: reply.driver.version,
+                limits: reply.limits,
+                aperture: reply.aperture,
+                families: family::of_driver(reply.driver.name),
+            })
+        });
+        channel.end(pending.slot);
+        Ok(Self {
+            channel,
+            next_id: 1,
+            host: answer?,
+        })
+    }
+
+    /// What the proxy has said of itself.
+    pub fn host(&self) -> &Host {
+        &self.host
+    }
+
+    /// The channel.
+    pub fn channel(&mut self) -> &mut C {
+        &mut self.channel
+    }
+
+    /// Opens the device; the flags are those of [`wire::open`].
+    pub fn open(&mut self, flags: u32) -> Result<ObjectId, Errno> {
+        let body = OpenRequest {
+            flags: flags.into(),
+            reserved: 0.into(),
+        };
+        self.call(Operation::Open, 0, &body).map(ObjectId)
+    }
+
+    /// Closes a file or another object.
+    pub fn close(&mut self, object: ObjectId) -> Result<(), Errno> {
+        self.call(Operation::Close, object.0, &()).map(drop)
+    }
+
+    /// Performs an ioctl of `caller`, whose argument lies at `address`, and waits for it.
+    pub fn ioctl<M: Caller + ?Sized>(
+        &mut self,
+        file: ObjectId,
+        command: u32,
+        address: u64,
+        caller: &mut M,
+    ) -> Result<i32, Errno> {
+        let pending = self.start_ioctl(file, command, address, caller)?;
+        self.channel.doorbell();
+        self.channel.wait(&pending.request.slot)?;
+        self.finish_ioctl(pending, caller)
+    }
+
+    /// Submits an ioctl without ringing the doorbell or waiting.
+    pub fn start_ioctl<M: Caller + ?Sized>(
+        &mut self,
+        file: ObjectId,
+        command: u32,
+        address: u64,
+        caller: &M,
+    ) -> Result<PendingIoctl, Errno> {
+        let ioctl = family::find(self.host.families, command).ok_or(Errno::ENOTTY)?;
+        let size = ioctl.accept(command)?;
+        let now = self.channel.now_ns();
+        let (mut request, mut response) = (IOCTL_ROOM, IOCTL_ROOM);
+        let (slot, layout) = loop {
+            let slot = self
+                .channel
+                .begin(IOCTL_HEADER + request, RESPONSE_HEADER + response)?;
+            let buffer = self.channel.request(&slot);
+            let payload = buffer.get_mut(IOCTL_HEADER..).unwrap_or_default();
+            let mut needed = 0;
+            match gather(ioctl, size, address, caller, now, payload, &mut needed) {
+                Ok(layout) if layout.response <= response => break (slot, layout),
+                Ok(layout) => response = layout.response,
+                Err(Errno::ENOSPC) if needed > request => request = needed,
+                Err(errno) => {
+                    self.channel.end(slot);
+                    return Err(errno);
+                }
+            }
+            // The caller's arrays are longer than the buffers: once more with longer ones.
+            self.channel.end(slot);
+        };
+        let body = IoctlRequest {
+            command: command.into(),
+            reserved: 0.into(),
+        };
+        let id = self.new_id();
+        let header = header(Operation::Ioctl, file.0, id);
+        let buffer = self.channel.request(&slot);
+        let length = write(buffer, &[header.as_bytes(), body.as_bytes()]) + layout.request;
+        if let Err(errno) = self.channel.submit(&slot, length) {
+            self.channel.end(slot);
+            return Err(errno);
+        }
+        Ok(PendingIoctl {
+            request: Pending { slot, id },
+            ioctl,
+            layout,
+            address,
+        })
+    }
+
+    /// Takes the result of an ioctl that is complete ([`Session::is_complete`], [`Session::wait`]).
+    pub fn finish_ioctl<M: Caller + ?Sized>(
+        &mut self,
+        pending: PendingIoctl,
+        caller: &mut M,
+    ) -> Result<i32, Errno> {
+        let response = self.channel.response(&pending.request.slot);
+        let result = split_response(response, pending.request.id).and_then(|(result, payload)| {
+            // The driver's bytes come back even with an error; those of a request that was rejected do not.
+            if !payload.is_empty() {
+                let address = pending.address;
+                scatter(pending.ioctl, &pending.layout, address, caller, payload)?;
+            }
+            to_result(result)
+        });
+        self.channel.end(pending.request.slot);
+        result
+    }
+
+    /// Maps a range of an object into the aperture.
+    pub fn map(
+        &mut self,
+        object: ObjectId,
+        offset: u64,
+        length: u64,
+        protection: u32,
+    ) -> Result<Mapping, Errno> {
+        let body = MapRequest {
+            offset: offset.into(),
+            length: length.into(),
+            protection: protection.into(),
+            reserved: 0.into(),
+        };
+        self.call_with(
+            Operation::Map,
+            object.0,
+            &body,
+            size_of::<MapResponse>(),
+            |_, payload| {
+                let map = MapResponse::ref_from_bytes(payload).map_err(|_| Errno::EPROTO)?;
+                Ok(Mapping {
+                    aperture_offset: map.aperture_offset.get(),
+                    length: map.length.get(),
+                })
+            },
+        )
+    }
+
+    /// Removes a mapping.
+    pub fn unmap(&mut self, mapping: Mapping) -> Result<(), Errno> {
+        let body = UnmapRequest {
+            aperture_offset: mapping.aperture_offset.into(),
+            length: mapping.length.into(),
+        };
+        self.call(Operation::Unmap, 0, &body).map(drop)
+    }
+
+    /// Waits until one of `events` is there, for `timeout_ns` (zero asks only, less waits for ever).
+    pub fn poll(&mut self, object: ObjectId, events: u32, timeout_ns: i64) -> Result<u32, Errno> {
+        let body = PollRequest {
+            events: events.into(),
+            reserved: 0.into(),
+            timeout_ns: timeout_ns.into(),
+        };
+        self.call(Operation::Poll, object.0, &body)
+            .map(i32::cast_unsigned)
+    }
+
+    /// Reads from a file into `bytes` and returns how many there were.
+    pub fn read(&mut self, file: ObjectId, bytes: &mut [u8]) -> Result<usize, Errno> {
+        let length = u32::try_from(bytes.len()).map_err(|_| Errno::EINVAL)?;
+        let body = ReadRequest {
+            length: length.into(),
+            reserved: 0.into(),
+        };
+        self.call_with(Operation::Read, file.0, &body, bytes.len(), |_, payload| {
+            let target = bytes.get_mut(..payload.len()).ok_or(Errno::EPROTO)?;
+            target.copy_from_slice(payload);
+            Ok(payload.len())
+        })
+    }
+
+    /// Cancels a request in flight, which then completes with `EINTR`; `ENOENT` when it is done already.
+    pub fn cancel(&mut self, id: u64) -> Result<(), Errno> {
+        let body = CancelRequest { id: id.into() };
+        self.call(Operation::Cancel, 0, &body).map(drop)
+    }
+
+    /// Does nothing, and waits for it.
+    pub fn nop(&mut self) -> Result<(), Errno> {
+        self.call(Operation::Nop, 0, &()).map(drop)
+    }
+
+    /// Submits a request that does nothing, without ringing the doorbell or waiting.
+    pub fn start_nop(&mut self) -> Result<Pending, Errno> {
+        let id = self.new_id();
+        start(&mut self.channel, (Operation::Nop, 0, id), &(), &[], 0)
+    }
+
+    /// Whether a request is complete. Never waits.
+    pub fn is_complete(&mut self, pending: &Pending) -> bool {
+        self.channel.is_complete(&pending.slot)
+    }
+
+    /// Rings the doorbell for all submitted requests and waits until this one is complete.
+    pub fn wait(&mut self, pending: &Pending) -> Result<(), Errno> {
+        self.channel.doorbell();
+        self.channel.wait(&pending.slot)
+    }
+
+    /// Takes the result of a request that is complete.
+    pub fn finish(&mut self, pending: Pending) -> Result<i32, Errno> {
+        let result = split_response(self.channel.response(&pending.slot), pending.id)
+            .and_then(|(result, _)| to_result(result));
+        self.channel.end(pending.slot);
+        result
+    }
+
+    fn call<B: IntoBytes + Immutable>(
+        &mut self,
+        operation: Operation,
+        object: i32,
+        body: &B,
+    ) -> Result<i32, Errno> {
+        self.call_with(operation, object, body, 0, |result, _| Ok(result))
+    }
+
+    fn call_with<B: IntoBytes + Immutable, T>(
+        &mut self,
+        operation: Operation,
+        object: i32,
+        body: &B,
+        room: usize,
+        take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let id = self.new_id();
+        let pending = start(&mut self.channel, (operation, object, id), body, &[], room)?;
+        self.channel.doorbell();
+        let result = finish(&mut self.channel, &pending, take);
+        self.channel.end(pending.slot);
+        result
+    }
+
+    fn new_id(&mut self) -> u64 {
+        self.next_id += 1;
+        self.next_id
+    }
+}
+
+fn header(operation: Operation, object: i32, id: u64) -> RequestHeader {
+    RequestHeader {
+        operation: operation.number().into(),
+        flags: 0.into(),
+        object: object.cast_unsigned().into(),
+        id: id.into(),
+    }
+}
+
+/// Writes the parts one after the other and returns their length; parts that do not fit are left out.
+fn write(mut buffer: &mut [u8], parts: &[&[u8]]) -> usize {
+    let mut length = 0;
+    for part in parts {
+        if let Some((to, rest)) = buffer.split_at_mut_checked(part.len()) {
+            to.copy_from_slice(part);
+            (buffer, length) = (rest, length + part.len());
+        } else {
+            buffer = &mut [];
+        }
+    }
+    length
+}
+
+/// Submits a request with `room` bytes for the response's payload.
+fn start<C: Channel, B: IntoBytes + Immutable>(
+    channel: &mut C,
+    (operation, object, id): (Operation, i32, u64),
+    body: &B,
+    payload: &[u8],
+    room: usize,
+) -> Result<Pending, Errno> {
+    let header = header(operation, object, id);
+    let parts = [header.as_bytes(), body.as_bytes(), payload];
+    let length = parts.iter().map(|part| part.len()).sum();
+    let slot = channel.begin(length, RESPONSE_HEADER + room)?;
+    write(channel.request(&slot), &parts);
+    match channel.submit(&slot, length) {
+        Ok(()) => Ok(Pending { slot, id }),
+        Err(errno) => {
+            channel.end(slot);
+            Err(errno)
+        }
+    }
+}
+
+/// Waits for a request and takes its result.
+fn finish<C: Channel, T>(
+    channel: &mut C,
+    pending: &Pending,
+    take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
+) -> Result<T, Errno> {
+    channel.wait(&pending.slot)?;
+    let (result, payload) = split_response(channel.response(&pending.slot), pending.id)?;
+    take(to_result(result)?, payload)
+}
+
+/// The result and the payload of the response to that request; `EPROTO` when it is something else.
+fn split_response(response: &[u8], id: u64) -> Result<(i32, &[u8]), Errno> {
+    let (header, payload) =
+        wire::ResponseHeader::ref_from_prefix(response).map_err(|_| Errno::EPROTO)?;
+    let length = usize::try_from(header.length.get()).map_err(|_| Errno::EPROTO)?;
+    let payload = payload.get(..length).ok_or(Errno::EPROTO)?;
+    if header.id.get() != id {
+        return Err(Errno::EPROTO);
+    }
+    Ok((header.result.get(), payload))
+}
+
+fn to_result(result: i32) -> Result<i32, Errno> {
+    match result {
+        0.. => Ok(result),
+        _ => Err(Errno::new(result.saturating_neg())),
+    }
+}
