@@ -6,6 +6,7 @@
 //! ([`crate::layout`]). An ioctl without a schema does not exist.
 
 use crate::Errno;
+use crate::wire::PAGE_SIZE;
 
 /// One ioctl of a host GPU family.
 #[derive(Debug)]
@@ -35,6 +36,8 @@ pub enum Blocking {
     Always,
     /// It may wait if the condition holds.
     When(Condition),
+    /// It may wait unless all of the conditions hold.
+    Unless(&'static [Condition]),
 }
 
 /// The GPU memory that an ioctl allocates, for the guest's memory limit. The first new handle of the call holds it.
@@ -69,11 +72,11 @@ pub struct Struct {
 /// One field of a [`Struct`].
 #[derive(Debug)]
 pub struct Field {
-    /// Name in the C header (a Rust keyword has `r#` in front).
+    /// Name in the C header (a Rust keyword has `r#` in front); one that starts with `_` is padding without a name.
     pub name: &'static str,
     /// Offset in bytes.
     pub offset: u16,
-    /// Size in bytes: 1, 2, 4 or 8, or any other for reserved bytes.
+    /// Size in bytes: 1, 2, 4 or 8, or any other for reserved bytes and nested structs of plain values.
     pub size: u16,
     /// Its meaning: the first rule whose condition holds. The last one has no condition.
     pub rules: &'static [Rule],
@@ -104,7 +107,7 @@ pub struct Condition {
 pub enum Kind {
     /// A number that the host driver checks itself.
     Value,
-    /// Written by the host driver; the guest's bytes never reach it.
+    /// Written by the host driver, or padding that it ignores; the guest's bytes never reach it.
     Output,
     /// Must be zero (`EINVAL`).
     Zero,
@@ -312,14 +315,17 @@ impl Ioctl {
             Blocking::Never => false,
             Blocking::Always => true,
             Blocking::When(condition) => condition.holds(self.argument, argument),
+            Blocking::Unless(conditions) => !conditions
+                .iter()
+                .all(|condition| condition.holds(self.argument, argument)),
         }
     }
 
-    /// Bytes of GPU memory that a call with this argument allocates (saturating).
+    /// Bytes of GPU memory that a call with this argument allocates (saturating): whole pages, at least one.
     pub fn allocated_bytes(&self, argument: &[u8]) -> u64 {
         let read = |offset| self.argument.read(argument, offset);
-        match self.allocates {
-            Allocates::Nothing => 0,
+        let bytes = match self.allocates {
+            Allocates::Nothing => return 0,
             Allocates::Bytes(offset) => read(offset),
             Allocates::Image {
                 width,
@@ -329,7 +335,11 @@ impl Ioctl {
                 .saturating_mul(read(height))
                 .saturating_mul(read(bits_per_pixel))
                 .div_ceil(8),
-        }
+        };
+        bytes
+            .max(1)
+            .checked_next_multiple_of(PAGE_SIZE)
+            .unwrap_or(u64::MAX)
     }
 }
 
@@ -532,10 +542,14 @@ macro_rules! uapi_struct {
     };
 }
 
-/// Offset of a field of the struct being declared, for the rules inside [`uapi_struct!`](crate::uapi_struct).
+/// Offset of a field of the struct being declared, for the rules inside [`uapi_struct!`](crate::uapi_struct), or of
+/// a named struct: `at!(GetParam.value)`.
 #[macro_export]
 macro_rules! at {
+    ($structure:ident . $field:ident) => {
+        ::core::mem::offset_of!($structure, $field) as u16
+    };
     ($field:ident) => {
-        core::mem::offset_of!(Self, $field) as u16
+        ::core::mem::offset_of!(Self, $field) as u16
     };
 }
