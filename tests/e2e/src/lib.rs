@@ -3,5 +3,7 @@
 
 pub mod debug_device;
 pub mod drm_ioctl;
+pub mod loopback;
+pub mod recording;
 pub mod syscall;
 pub mod testbed;
