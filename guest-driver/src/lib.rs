@@ -7,13 +7,6 @@
 
 #![no_std]
 
-#[cfg(feature = "baremetal")]
-extern crate alloc;
-#[cfg(test)]
-extern crate std;
-
-#[cfg(feature = "baremetal")]
-pub mod baremetal;
 pub mod channel;
 pub mod flat;
 pub mod marshal;

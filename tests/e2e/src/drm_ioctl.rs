@@ -7,6 +7,10 @@ use std::io;
 use std::os::fd::AsRawFd;
 use std::path::{Path, PathBuf};
 
+use pvgpu_protocol::Errno;
+use pvgpu_scenarios::DeviceFile;
+use zerocopy::{FromBytes, IntoBytes};
+
 /// An open DRM device node.
 pub struct Node {
     file: File,
@@ -178,8 +182,15 @@ impl Node {
             ..Default::default()
         };
         self.ioctl(0xb3, &mut map)?;
-        let offset = i64::try_from(map.offset).map_err(io::Error::other)?;
-        let length = usize::try_from(dumb.size).map_err(io::Error::other)?;
+        self.map(
+            map.offset,
+            usize::try_from(dumb.size).map_err(io::Error::other)?,
+        )
+    }
+
+    /// Maps `length` bytes, readable and writable, from the offset that a MAP ioctl gave.
+    pub fn map(&self, offset: u64, length: usize) -> io::Result<Mapping> {
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
         // SAFETY: a new shared mapping at an address of the kernel's choice touches no other memory.
         let address = unsafe {
             let protection = libc::PROT_READ | libc::PROT_WRITE;
@@ -270,6 +281,90 @@ impl Drop for Mapping {
         // SAFETY: this value is the only one that knows the mapping's address.
         unsafe { libc::munmap(self.address.cast(), self.length) };
     }
+}
+
+/// The scenarios on the node itself: what their run through pvgpu is compared with.
+impl DeviceFile for Node {
+    type Mapping = Mapping;
+
+    fn open_again(&self) -> Result<Self, Errno> {
+        Node::open(&self.path).map_err(errno)
+    }
+
+    fn ioctl<T: FromBytes + IntoBytes>(
+        &mut self,
+        command: u32,
+        argument: &mut T,
+    ) -> Result<i32, Errno> {
+        // SAFETY: the kernel reads and writes as many bytes at `argument` as `command` says, which is how the
+        // scenarios make it, and what the pointers in it reach, which are addresses of memory that they own.
+        let result =
+            unsafe { libc::ioctl(self.file.as_raw_fd(), command.into(), argument as *mut T) };
+        if result < 0 {
+            Err(errno(io::Error::last_os_error()))
+        } else {
+            Ok(result)
+        }
+    }
+
+    fn map(&mut self, offset: u64, length: usize) -> Result<Mapping, Errno> {
+        Node::map(self, offset, length).map_err(errno)
+    }
+
+    fn close_fd(&mut self, fd: i32) -> Result<(), Errno> {
+        // SAFETY: a file descriptor that an ioctl gave to the caller, who alone knows it.
+        match unsafe { libc::close(fd) } {
+            0 => Ok(()),
+            _ => Err(errno(io::Error::last_os_error())),
+        }
+    }
+
+    fn now_ns(&self) -> u64 {
+        let mut now = libc::timespec {
+            tv_sec: 0,
+            tv_nsec: 0,
+        };
+        // SAFETY: the kernel writes one timespec.
+        unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+        now.tv_sec as u64 * 1_000_000_000 + now.tv_nsec as u64
+    }
+}
+
+impl pvgpu_scenarios::Mapping for Mapping {
+    fn len(&self) -> usize {
+        self.length
+    }
+
+    fn read(&self, offset: usize, bytes: &mut [u8]) {
+        let source = self.at(offset, bytes.len());
+        // SAFETY: `at` has checked the range, and the program's own memory is not part of the mapping.
+        unsafe { std::ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) }
+    }
+
+    fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let target = self.at(offset, bytes.len());
+        // SAFETY: as in `read`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) }
+    }
+}
+
+impl Mapping {
+    /// Address of `length` bytes at `offset`, which must lie inside.
+    fn at(&self, offset: usize, length: usize) -> *mut u8 {
+        assert!(
+            offset
+                .checked_add(length)
+                .is_some_and(|end| end <= self.length),
+            "{length} bytes at {offset} are outside of the mapping of {} bytes",
+            self.length
+        );
+        self.address.cast::<u8>().wrapping_add(offset)
+    }
+}
+
+/// The error number of a failed system call.
+fn errno(error: io::Error) -> Errno {
+    Errno::new(error.raw_os_error().unwrap_or(0))
 }
 
 #[cfg(test)]

@@ -3,7 +3,6 @@
 
 pub mod debug_device;
 pub mod drm_ioctl;
-pub mod loopback;
-pub mod recording;
+pub mod picture_file;
 pub mod syscall;
 pub mod testbed;

@@ -42,6 +42,12 @@ pub const L2_INIT: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Draws on a DRM node without pvgpu.
+pub const NATIVE: Program = Program {
+    name: "native",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// The VMM.
 pub const MINI_VMM: Program = Program {
     name: "mini-vmm",

@@ -1,13 +1,21 @@
 //! The kernel's vgem driver, natively: what a guest's buffer objects on it are compared with.
 
+use pvgpu_scenarios as scenarios;
+
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};
 use crate::ensure;
 
-pub const TESTS: &[Test] = &[Test {
-    name: "vgem_gives_dumb_buffers_that_keep_what_is_written",
-    run: dumb_buffers,
-}];
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "vgem_gives_dumb_buffers_that_keep_what_is_written",
+        run: dumb_buffers,
+    },
+    Test {
+        name: "vgem_shares_the_picture_of_one_file_with_another",
+        run: picture,
+    },
+];
 
 fn dumb_buffers() -> Result<(), Failure> {
     let node = find("vgem", Kind::Card)?;
@@ -43,5 +51,10 @@ fn dumb_buffers() -> Result<(), Failure> {
             value(index)
         );
     }
+    Ok(())
+}
+
+fn picture() -> Result<(), Failure> {
+    scenarios::vgem::draw(&mut find("vgem", Kind::Card)?, &mut |_, _| {})?;
     Ok(())
 }

@@ -1,5 +1,7 @@
 //! The kernel's virtio_gpu driver with 3D (virgl), natively.
 
+use pvgpu_scenarios as scenarios;
+
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};
 use crate::ensure;
@@ -12,6 +14,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "virtio_gpu_gives_the_virgl_capability_set",
         run: virgl_capability_set,
+    },
+    Test {
+        name: "virtio_gpu_draws_the_same_picture_twice",
+        run: picture,
     },
 ];
 
@@ -50,6 +56,22 @@ fn virgl_capability_set() -> Result<(), Failure> {
     ensure!(
         capabilities[4..68].iter().any(|byte| *byte != 0),
         "no texture format can be sampled"
+    );
+    Ok(())
+}
+
+/// Without this, comparing a guest's picture with a native one says nothing.
+fn picture() -> Result<(), Failure> {
+    let draw = || -> Result<scenarios::Picture, Failure> {
+        let mut node = find("virtio_gpu", Kind::Render)?;
+        Ok(scenarios::virtio_gpu::draw(&mut node, &mut |_, _| {})?)
+    };
+    let (first, second) = (draw()?, draw()?);
+    ensure!(
+        first == second,
+        "two runs gave pictures {:016x} and {:016x}",
+        first.fingerprint(),
+        second.fingerprint()
     );
     Ok(())
 }

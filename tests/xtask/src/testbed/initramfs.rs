@@ -17,6 +17,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::L1_INIT,
     programs::L1_TESTS,
     programs::L2_INIT,
+    programs::NATIVE,
     programs::MINI_VMM,
     programs::TEST_GUEST,
 ];
@@ -143,7 +144,7 @@ impl Archive {
 /// Writes the initramfs of L1 to `image`.
 pub fn write(image: &Path, kernel: &Kernel, programs: &[Built]) -> Result<(), Error> {
     let mut archive = Archive::new();
-    for folder in ["dev", "proc", "shared", "sys", "tmp"] {
+    for folder in ["dev", "proc", "sys", "tmp"] {
         archive.folder(Path::new(folder));
     }
     // The kernel opens it for /init before there is a devtmpfs.

@@ -1,0 +1,25 @@
+//! What a program does with a DRM device file, written once and run twice: by the test guest through `guest-driver`,
+//! and by a native program through the system's own ioctls. The two pictures must be equal byte for byte.
+//!
+//! - [`device`]: a DRM device file as a program sees it; the one thing that differs between the two sides.
+//! - [`steps`]: calls on it that are timed, reported and checked.
+//! - [`vgem`], [`virtio_gpu`]: a scenario for each host driver; [`virgl`] writes the latter's commands.
+//! - [`picture`]: what a scenario returns.
+//!
+//! Nothing here knows which side it runs on, and nothing here is part of what pvgpu offers to its users.
+
+#![no_std]
+#![forbid(unsafe_code)]
+
+extern crate alloc;
+
+pub mod device;
+pub mod picture;
+pub mod steps;
+pub mod vgem;
+pub mod virgl;
+pub mod virtio_gpu;
+
+pub use device::{DeviceFile, Mapping};
+pub use picture::Picture;
+pub use steps::{Failure, Report, Steps};
