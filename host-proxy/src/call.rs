@@ -35,6 +35,8 @@ pub struct Call {
     /// Bytes of the response's payload.
     response: usize,
     fds: Vec<Fd>,
+    /// Where the times on the host's clock lie in the bytes.
+    deadlines: Vec<usize>,
 }
 
 /// A file descriptor field of the call.
@@ -139,6 +141,7 @@ impl Call {
             request: layout.request,
             response: layout.response,
             fds: Vec::new(),
+            deadlines: Vec::new(),
         };
         call.check(owned)?;
         Ok(call)
@@ -215,6 +218,8 @@ impl Call {
                         .min(i64::MAX as u64),
                 };
                 field.write(bytes, deadline);
+                let place = range.start + usize::from(field.offset);
+                self.deadlines.push(place);
                 Ok(())
             }
             Kind::Fd(direction) => {
@@ -356,11 +361,16 @@ impl Call {
         }
     }
 
-    /// Turns the objects that the driver gave out into ids that the guest can name.
+    /// Turns the objects that the driver gave out into ids that the guest can name, and takes the host's clock out.
     pub(crate) fn publish(
         &mut self,
         mut insert: impl FnMut(Arc<dyn HostObject>) -> Result<i32, Errno>,
     ) -> Result<(), Errno> {
+        for place in &self.deadlines {
+            if let Some(field) = self.bytes.get_mut().get_mut(*place..*place + 8) {
+                field.fill(0);
+            }
+        }
         for fd in &mut self.fds {
             let given = match fd.direction {
                 Direction::Out => fd.object.take(),

@@ -28,6 +28,7 @@ pub mod clock;
 mod descriptor;
 pub mod device;
 pub mod driver;
+pub mod drm;
 pub mod session;
 pub mod statistics;
 mod trace;
