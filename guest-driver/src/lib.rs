@@ -7,6 +7,13 @@
 
 #![no_std]
 
+#[cfg(feature = "baremetal")]
+extern crate alloc;
+#[cfg(test)]
+extern crate std;
+
+#[cfg(feature = "baremetal")]
+pub mod baremetal;
 pub mod channel;
 pub mod flat;
 pub mod marshal;

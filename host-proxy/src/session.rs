@@ -96,6 +96,14 @@ impl File {
     }
 }
 
+/// What an ioctl is allowed to do.
+struct Admitted {
+    /// Bytes of GPU memory, booked already.
+    allocated: u64,
+    /// The handles that it creates (not known yet) and closes.
+    changes: Vec<HandleChange>,
+}
+
 /// The answer to a request.
 pub struct Response {
     id: u64,
@@ -461,17 +469,20 @@ impl Shared {
         let session = Arc::clone(self);
         let run = move |cancel: &Cancel| {
             let mut call = call;
-            let result = session.execute(&file, &mut call, cancel);
-            Response {
-                payload: Payload::Call(call),
-                ..Response::new(id, result)
+            match session.admit(&file, &call) {
+                Ok(admitted) => Response {
+                    result: session.execute(&file, &mut call, admitted, cancel),
+                    payload: Payload::Call(call),
+                    id,
+                },
+                Err(errno) => Response::new(id, Err(errno)),
             }
         };
         self.run(id, waits, run, complete)
     }
 
-    /// Performs a validated ioctl and keeps the books of what it creates and closes.
-    fn execute(&self, file: &File, call: &mut Call, cancel: &Cancel) -> Result<i32, Errno> {
+    /// Holds a validated ioctl against the guest's limits, and books the memory that it is about to allocate.
+    fn admit(&self, file: &File, call: &Call) -> Result<Admitted, Errno> {
         let allocated = call.allocated_bytes();
         let changes = call.handle_changes();
         let creates = changes.iter().filter(|change| change.created).count();
@@ -480,15 +491,24 @@ impl Shared {
             creates == 0 || file.handles().len() + creates <= limit,
             Errno::ENOMEM,
         )?;
-        {
-            let mut state = self.state();
-            if call.fds_out().next().is_some() {
-                self.room_for_object(&state)?;
-            }
-            let memory = state.memory.saturating_add(allocated);
-            require(memory <= self.limits.memory, Errno::ENOMEM)?;
-            state.memory = memory;
+        let mut state = self.state();
+        if call.fds_out().next().is_some() {
+            self.room_for_object(&state)?;
         }
+        let memory = state.memory.saturating_add(allocated);
+        require(memory <= self.limits.memory, Errno::ENOMEM)?;
+        state.memory = memory;
+        Ok(Admitted { allocated, changes })
+    }
+
+    /// Performs an admitted ioctl and keeps the books of what it creates and closes.
+    fn execute(
+        &self,
+        file: &File,
+        call: &mut Call,
+        Admitted { allocated, changes }: Admitted,
+        cancel: &Cancel,
+    ) -> Result<i32, Errno> {
         // A closed handle leaves the books first: the host may give its number to another call at once.
         let closed: Vec<_> = changes
             .iter()

@@ -3,6 +3,8 @@
 
 pub mod debug_device;
 pub mod drm_ioctl;
+pub mod loopback;
 pub mod picture_file;
+pub mod recording;
 pub mod syscall;
 pub mod testbed;

@@ -7,16 +7,17 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, BorrowedFd};
 
-/// Mounts a file system without a device, such as `proc`, on `target`.
-pub fn mount(kind: &CStr, target: &CStr) -> io::Result<()> {
-    // SAFETY: source, target and type are C strings that live through the call; mount data may be null.
+/// Mounts the file system `kind`, such as `proc`, on `target`; `source` is what it is told as its device, `options` are
+/// its own.
+pub fn mount(kind: &CStr, target: &CStr, source: &CStr, options: &CStr) -> io::Result<()> {
+    // SAFETY: all four are C strings that live through the call.
     let result = unsafe {
         libc::mount(
-            kind.as_ptr(),
+            source.as_ptr(),
             target.as_ptr(),
             kind.as_ptr(),
             0,
-            std::ptr::null(),
+            options.as_ptr().cast(),
         )
     };
     check(result)

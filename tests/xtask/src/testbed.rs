@@ -213,7 +213,10 @@ pub fn prepare() -> Result<Machine, Error> {
     let programs = programs::build(initramfs::PROGRAMS)?;
     let initramfs = cache.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &programs)?;
+    let shared = cache.join("shared");
+    fs::create_dir_all(&shared).map_err(file_error("create", &shared))?;
     Ok(Machine {
+        shared,
         version: kernel.version,
         kernel: kernel.elf,
         initramfs,

@@ -54,11 +54,18 @@ fn start() -> Result<u8, String> {
         (c"debugfs", c"/sys/kernel/debug"),
         (c"tmpfs", c"/tmp"),
     ] {
-        syscall::mount(kind, target)
+        syscall::mount(kind, target, kind, c"")
             .map_err(because(&format!("mount {}", target.to_string_lossy())))?;
     }
     code_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
     load_modules()?;
+    syscall::mount(
+        c"9p",
+        c"/shared",
+        c"shared",
+        c"trans=virtio,version=9p2000.L,msize=131072",
+    )
+    .map_err(because("mount /shared"))?;
     let _keeper = keep_a_vm()?;
     let mut arguments = std::env::args().skip(1);
     match (arguments.next().as_deref(), arguments.next()) {

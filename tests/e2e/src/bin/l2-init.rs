@@ -22,7 +22,7 @@ fn main() -> ExitCode {
 /// Ends the VM; returning at all is a failure.
 fn report_and_end() -> Result<(), String> {
     for (kind, target) in [(c"devtmpfs", c"/dev"), (c"proc", c"/proc")] {
-        syscall::mount(kind, target)
+        syscall::mount(kind, target, kind, c"")
             .map_err(|error| format!("cannot mount {}: {error}", target.to_string_lossy()))?;
     }
     let read = |path: &str| {

@@ -144,7 +144,7 @@ impl Archive {
 /// Writes the initramfs of L1 to `image`.
 pub fn write(image: &Path, kernel: &Kernel, programs: &[Built]) -> Result<(), Error> {
     let mut archive = Archive::new();
-    for folder in ["dev", "proc", "sys", "tmp"] {
+    for folder in ["dev", "proc", "shared", "sys", "tmp"] {
         archive.folder(Path::new(folder));
     }
     // The kernel opens it for /init before there is a devtmpfs.

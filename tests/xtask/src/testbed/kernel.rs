@@ -16,6 +16,8 @@ pub const MODULES: &[(&str, &str)] = &[
     ("vgem", ""),
     ("virtio_pci", ""), // what finds the GPU on the PCI bus
     ("virtio_gpu", ""),
+    ("9p", ""),           // the folder that L1 shares with L0 ...
+    ("9pnet_virtio", ""), // ... and how it gets there
 ];
 
 /// A kernel, ready to boot.
@@ -34,12 +36,13 @@ pub struct Kernel {
 pub fn fetch(cache: &Path) -> Result<Kernel, Error> {
     let (package, version) = candidate()?;
     let folder = cache.join(format!("{package}_{version}"));
-    if !folder.exists() {
+    if !is_complete(&folder) {
         // A folder of the final name is complete: it is made under another name first.
         let partial = cache.join("kernel.partial");
         let _ = fs::remove_dir_all(&partial);
         fs::create_dir_all(&partial).map_err(file_error("create", &partial))?;
         extract(&package, &version, &partial)?;
+        let _ = fs::remove_dir_all(&folder);
         fs::rename(&partial, &folder).map_err(file_error("create", &folder))?;
     }
     let order = folder.join("modules/order");
@@ -54,6 +57,20 @@ pub fn fetch(cache: &Path) -> Result<Kernel, Error> {
             .map(|(file, parameters)| (folder.join("modules").join(file), parameters.to_owned()))
             .collect(),
     })
+}
+
+/// Whether `folder` was extracted, with the modules and parameters that are wanted today.
+fn is_complete(folder: &Path) -> bool {
+    fs::read_to_string(folder.join("modules/order")).is_ok_and(|order| {
+        MODULES
+            .iter()
+            .all(|module| order.lines().any(|line| line == order_line(module)))
+    })
+}
+
+/// A module in the file `order`: its file name and its parameters.
+fn order_line((name, parameters): &(&str, &str)) -> String {
+    format!("{name}.ko {parameters}").trim_end().to_owned()
 }
 
 /// The name and version of the package behind `linux-image-amd64`.
@@ -152,15 +169,15 @@ fn extract_modules(files: &[PathBuf], folder: &Path) -> Result<(), Error> {
     for (name, _) in MODULES {
         place_module(name, &by_name, folder, &mut order)?;
     }
+    let parameters = |name: &str| {
+        MODULES
+            .iter()
+            .find(|(wanted, _)| *wanted == name)
+            .map_or("", |module| module.1)
+    };
     let lines: String = order
         .iter()
-        .map(|name| {
-            let parameters = MODULES
-                .iter()
-                .find(|(wanted, _)| wanted == name)
-                .map_or("", |(_, parameters)| parameters);
-            format!("{}\n", format!("{name}.ko {parameters}").trim_end())
-        })
+        .map(|name| order_line(&(name, parameters(name))) + "\n")
         .collect();
     let list = folder.join("order");
     fs::write(&list, lines).map_err(file_error("write", &list))

@@ -32,6 +32,8 @@ pub struct Machine {
     pub console_log: PathBuf,
     /// What QEMU itself said in the last run.
     pub qemu_log: PathBuf,
+    /// A folder of L0 that is `/shared` in L1.
+    pub shared: PathBuf,
 }
 
 /// How a machine ended.
@@ -130,6 +132,15 @@ impl Machine {
         .args(["-accel", "tcg", "-cpu", "max,+svm,-erms,-fsrm"])
         .args(["-device", "virtio-gpu-gl-pci", "-display", "sdl,gl=on"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
+        .args([
+            "-device",
+            "virtio-9p-pci,fsdev=shared,mount_tag=shared",
+            "-fsdev",
+        ])
+        .arg(format!(
+            "local,id=shared,security_model=none,path={}",
+            option(&self.shared)
+        ))
         .arg("-kernel")
         .arg(&self.kernel)
         .arg("-initrd")
@@ -241,6 +252,11 @@ impl Machine {
             _ => format!("QEMU ended with {status}{said}"),
         }
     }
+}
+
+/// A path as a value in one of QEMU's option lists, where a comma is written twice.
+fn option(path: &Path) -> String {
+    path.to_string_lossy().replace(',', ",,")
 }
 
 /// The code that L1 wrote to `isa-debug-exit`; none if QEMU ended in another way.

@@ -1,0 +1,462 @@
+//! What a session promises, in front of a host driver that records what reaches it: bad requests never do.
+
+use pvgpu_e2e::loopback::Loopback;
+use pvgpu_e2e::recording::{Record, Recording};
+use pvgpu_guest_driver::channel::Channel;
+use pvgpu_guest_driver::flat::Flat;
+use pvgpu_guest_driver::session::{ObjectId, Session};
+use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::session::Session as HostSession;
+use pvgpu_host_proxy::{Errno, Limits};
+use pvgpu_protocol::family::core::{self, GemClose, PrimeHandleToFd};
+use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, GetParam, Map, ResourceCreate, Wait};
+use pvgpu_protocol::schema::command;
+use pvgpu_protocol::wire::{
+    IoctlRequest, MapRequest, OpenRequest, Operation, RequestHeader, ResponseHeader, open,
+};
+use std::sync::Arc;
+use zerocopy::{FromBytes, FromZeros, IntoBytes};
+
+struct Guest {
+    session: Session<Loopback>,
+    record: Arc<Record>,
+    aperture: Arc<Aperture>,
+    file: ObjectId,
+    caller: Flat,
+}
+
+impl Guest {
+    fn new() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    fn with_limits(limits: Limits) -> Self {
+        let driver = Recording::default();
+        let record = driver.record();
+        let aperture = Arc::new(Aperture::new(1 << 20).unwrap());
+        let host = HostSession::new(Arc::new(driver), Some(Arc::clone(&aperture)), limits);
+        let mut session = Session::connect(Loopback::new(host), "test").unwrap();
+        let file = session.open(open::RDWR).unwrap();
+        #[allow(unsafe_code)]
+        // SAFETY: every argument in this file is a live local with pointers to live locals, or null.
+        let caller = unsafe { Flat::new() };
+        Self {
+            session,
+            record,
+            aperture,
+            file,
+            caller,
+        }
+    }
+
+    fn ioctl<T: IntoBytes + FromBytes>(
+        &mut self,
+        command: u32,
+        argument: &mut T,
+    ) -> Result<i32, Errno> {
+        self.ioctl_on(self.file, command, argument)
+    }
+
+    fn ioctl_on<T: IntoBytes + FromBytes>(
+        &mut self,
+        file: ObjectId,
+        command: u32,
+        argument: &mut T,
+    ) -> Result<i32, Errno> {
+        let address = argument as *mut T as u64;
+        self.session.ioctl(file, command, address, &mut self.caller)
+    }
+
+    fn create(&mut self, size: u32) -> Result<u32, Errno> {
+        let mut argument = ResourceCreate {
+            size,
+            ..Default::default()
+        };
+        self.ioctl(virtio_gpu::RESOURCE_CREATE, &mut argument)?;
+        Ok(argument.bo_handle)
+    }
+
+    /// Sends an ioctl that no guest driver would send, and returns the result of the response.
+    fn raw_ioctl(&mut self, command: u32, payload: &[u8]) -> i32 {
+        let body = IoctlRequest {
+            command: command.into(),
+            reserved: 0.into(),
+        };
+        let file = self.file;
+        self.raw(Operation::Ioctl.number(), file, body.as_bytes(), payload)
+    }
+
+    fn raw(&mut self, operation: u16, object: ObjectId, body: &[u8], payload: &[u8]) -> i32 {
+        let header = RequestHeader {
+            operation: operation.into(),
+            flags: 0.into(),
+            object: (object.0 as u32).into(),
+            id: 77.into(),
+        };
+        let request = [header.as_bytes(), body, payload].concat();
+        let response = self.session.channel().raw(&request, 1 << 16);
+        let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
+        assert_eq!(header.id, 77);
+        header.result.get()
+    }
+
+    /// Runs `test` and checks that no ioctl reached the host driver in it.
+    fn without_reaching_the_driver<T>(&mut self, test: impl FnOnce(&mut Self) -> T) -> T {
+        let before = self.record.calls().len();
+        let result = test(self);
+        assert_eq!(
+            self.record.calls().len(),
+            before,
+            "an ioctl reached the host driver"
+        );
+        result
+    }
+}
+
+#[test]
+fn an_unknown_ioctl_is_enotty() {
+    let mut guest = Guest::new();
+    let unknown = command::iowr::<Map>(0x7f);
+    let result = guest.without_reaching_the_driver(|guest| guest.raw_ioctl(unknown, &[0; 16]));
+    assert_eq!(result, -Errno::ENOTTY.number());
+    assert_eq!(
+        guest.ioctl(unknown, &mut Map::default()),
+        Err(Errno::ENOTTY)
+    );
+}
+
+#[test]
+fn a_struct_of_the_wrong_size_is_einval() {
+    let mut guest = Guest::new();
+    let command = command::with_size(virtio_gpu::MAP, 24);
+    let result = guest.without_reaching_the_driver(|guest| guest.raw_ioctl(command, &[0; 24]));
+    assert_eq!(result, -Errno::EINVAL.number());
+}
+
+#[test]
+fn a_payload_longer_or_shorter_than_its_struct_says_is_einval() {
+    let mut guest = Guest::new();
+    for length in [0, 8, 15, 17, 24] {
+        let result = guest.without_reaching_the_driver(|guest| {
+            guest.raw_ioctl(virtio_gpu::MAP, &vec![0; length])
+        });
+        assert_eq!(result, -Errno::EINVAL.number(), "{length} bytes");
+    }
+}
+
+#[test]
+fn a_reserved_flag_is_einval() {
+    let mut guest = Guest::new();
+    let handle = guest.create(4096).unwrap();
+    let mut wait = Wait { handle, flags: 2 };
+    let result =
+        guest.without_reaching_the_driver(|guest| guest.ioctl(virtio_gpu::WAIT, &mut wait));
+    assert_eq!(result, Err(Errno::EINVAL));
+}
+
+#[test]
+fn a_handle_of_another_file_is_enoent() {
+    let mut guest = Guest::new();
+    let handle = guest.create(4096).unwrap();
+    let other = guest.session.open(open::RDWR).unwrap();
+    let mut map = Map {
+        handle,
+        ..Default::default()
+    };
+    let result =
+        guest.without_reaching_the_driver(|guest| guest.ioctl_on(other, virtio_gpu::MAP, &mut map));
+    assert_eq!(result, Err(Errno::ENOENT));
+    assert_eq!(guest.ioctl(virtio_gpu::MAP, &mut map), Ok(0));
+}
+
+#[test]
+fn a_handle_in_an_array_is_checked_too() {
+    let mut guest = Guest::new();
+    let mut handles = [guest.create(4096).unwrap(), 99];
+    let commands = [0u32; 4];
+    let mut exec = Execbuffer {
+        size: 16,
+        command: commands.as_ptr() as u64,
+        bo_handles: handles.as_ptr() as u64,
+        num_bo_handles: 2,
+        ..Default::default()
+    };
+    let result =
+        guest.without_reaching_the_driver(|guest| guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec));
+    assert_eq!(result, Err(Errno::ENOENT));
+    handles[1] = handles[0];
+    exec.bo_handles = handles.as_ptr() as u64;
+    assert_eq!(guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec), Ok(0));
+}
+
+#[test]
+fn a_pointer_count_over_its_limit_is_e2big() {
+    let mut guest = Guest::new();
+    let exec = Execbuffer {
+        bo_handles: 1,
+        num_bo_handles: virtio_gpu::BUFFERS_MAX + 1,
+        ..Default::default()
+    };
+    let result = guest.without_reaching_the_driver(|guest| {
+        guest.raw_ioctl(virtio_gpu::EXECBUFFER, exec.as_bytes())
+    });
+    assert_eq!(result, -Errno::E2BIG.number());
+}
+
+#[test]
+fn an_array_that_was_not_sent_is_einval() {
+    let mut guest = Guest::new();
+    let exec = Execbuffer {
+        command: 1,
+        size: 64,
+        ..Default::default()
+    };
+    let result = guest.without_reaching_the_driver(|guest| {
+        guest.raw_ioctl(virtio_gpu::EXECBUFFER, exec.as_bytes())
+    });
+    assert_eq!(result, -Errno::EINVAL.number());
+}
+
+#[test]
+fn no_guest_address_reaches_the_host_driver() {
+    let mut guest = Guest::new();
+    let mut value = 0u64;
+    let mut getparam = GetParam {
+        param: 1,
+        value: &raw mut value as u64,
+    };
+    let address = getparam.value;
+    guest.ioctl(virtio_gpu::GETPARAM, &mut getparam).unwrap();
+    assert_eq!(getparam.value, address, "the caller's pointer was changed");
+    let (_, bytes) = guest.record.calls().pop().unwrap();
+    let seen = GetParam::read_from_prefix(&bytes).unwrap().0;
+    assert_eq!((seen.param, seen.value), (1, 1));
+}
+
+#[test]
+fn output_fields_do_not_carry_the_guests_bytes_to_the_host_driver() {
+    let mut guest = Guest::new();
+    let mut create = ResourceCreate {
+        bo_handle: 0xdead,
+        res_handle: 0xbeef,
+        ..Default::default()
+    };
+    guest
+        .ioctl(virtio_gpu::RESOURCE_CREATE, &mut create)
+        .unwrap();
+    let (_, bytes) = guest.record.calls().pop().unwrap();
+    let seen = ResourceCreate::read_from_prefix(&bytes).unwrap().0;
+    assert_eq!((seen.bo_handle, seen.res_handle), (0, 0));
+}
+
+#[test]
+fn a_closed_handle_is_unknown() {
+    let mut guest = Guest::new();
+    let handle = guest.create(4096).unwrap();
+    let mut close = GemClose { handle, pad: 0 };
+    assert_eq!(guest.ioctl(core::GEM_CLOSE, &mut close), Ok(0));
+    let again = guest.without_reaching_the_driver(|guest| guest.ioctl(core::GEM_CLOSE, &mut close));
+    assert_eq!(again, Err(Errno::EINVAL));
+}
+
+#[test]
+fn gpu_memory_over_the_limit_is_enomem_until_some_is_freed() {
+    let limits = Limits {
+        memory: 8192,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let first = guest.create(8192).unwrap();
+    assert_eq!(
+        guest.without_reaching_the_driver(|guest| guest.create(1)),
+        Err(Errno::ENOMEM)
+    );
+    guest
+        .ioctl(
+            core::GEM_CLOSE,
+            &mut GemClose {
+                handle: first,
+                pad: 0,
+            },
+        )
+        .unwrap();
+    guest.create(4096).unwrap();
+    guest.session.close(guest.file).unwrap();
+    assert_eq!(guest.session.channel().session().usage().memory, 0);
+}
+
+#[test]
+fn objects_over_the_limit_are_emfile_and_are_not_left_open() {
+    let limits = Limits {
+        objects: 2,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let handle = guest.create(4096).unwrap();
+    let mut prime = PrimeHandleToFd {
+        handle,
+        ..Default::default()
+    };
+    guest.ioctl(core::PRIME_HANDLE_TO_FD, &mut prime).unwrap();
+    assert_eq!(guest.session.open(open::RDWR), Err(Errno::EMFILE));
+    let again = guest
+        .without_reaching_the_driver(|guest| guest.ioctl(core::PRIME_HANDLE_TO_FD, &mut prime));
+    assert_eq!(again, Err(Errno::EMFILE));
+    assert_eq!(guest.record.open(), 2);
+    guest.session.close(ObjectId(prime.fd)).unwrap();
+    assert_eq!(guest.record.open(), 1);
+}
+
+#[test]
+fn waiting_requests_over_the_limit_are_eagain() {
+    let limits = Limits {
+        in_flight: 1,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let handle = guest.create(4096).unwrap();
+    let mut wait = Wait { handle, flags: 0 };
+    let address = &raw mut wait as u64;
+    let file = guest.file;
+    let first = guest
+        .session
+        .start_ioctl(file, virtio_gpu::WAIT, address, &guest.caller)
+        .unwrap();
+    let mut second = Wait { handle, flags: 0 };
+    assert_eq!(
+        guest.ioctl(virtio_gpu::WAIT, &mut second),
+        Err(Errno::EAGAIN)
+    );
+    guest.session.cancel(first.request.id()).unwrap();
+    guest.session.wait(&first.request).unwrap();
+    let result = guest.session.finish_ioctl(first, &mut guest.caller);
+    assert_eq!(result, Err(Errno::EINTR));
+}
+
+#[test]
+fn a_cancelled_request_is_eintr_and_a_finished_one_is_enoent() {
+    let mut guest = Guest::new();
+    let handle = guest.create(4096).unwrap();
+    let mut wait = Wait { handle, flags: 0 };
+    let address = &raw mut wait as u64;
+    let file = guest.file;
+    let pending = guest
+        .session
+        .start_ioctl(file, virtio_gpu::WAIT, address, &guest.caller)
+        .unwrap();
+    let id = pending.request.id();
+    assert!(!guest.session.is_complete(&pending.request));
+    guest.session.nop().unwrap();
+    guest.session.cancel(id).unwrap();
+    guest.session.wait(&pending.request).unwrap();
+    let result = guest.session.finish_ioctl(pending, &mut guest.caller);
+    assert_eq!(result, Err(Errno::EINTR));
+    assert_eq!(guest.session.cancel(id), Err(Errno::ENOENT));
+}
+
+#[test]
+fn a_mapping_is_undone_once_and_only_as_it_was_made() {
+    let mut guest = Guest::new();
+    let file = guest.file;
+    let mapping = guest.session.map(file, 0, 8192, 3).unwrap();
+    let half = pvgpu_guest_driver::session::Mapping {
+        length: 4096,
+        ..mapping
+    };
+    assert_eq!(guest.session.unmap(half), Err(Errno::EINVAL));
+    guest.session.unmap(mapping).unwrap();
+    assert_eq!(guest.session.unmap(mapping), Err(Errno::EINVAL));
+}
+
+#[test]
+fn bad_mappings_are_refused() {
+    let mut guest = Guest::new();
+    let file = guest.file;
+    assert_eq!(guest.session.map(file, 0, 0, 3), Err(Errno::EINVAL));
+    assert_eq!(guest.session.map(file, 1, 4096, 3), Err(Errno::EINVAL));
+    assert_eq!(guest.session.map(file, 0, 4095, 3), Err(Errno::EINVAL));
+    assert_eq!(guest.session.map(file, 0, 4096, 8), Err(Errno::EINVAL));
+    assert_eq!(
+        guest.session.map(file, !0xfff, 4096, 3),
+        Err(Errno::EOVERFLOW)
+    );
+    assert_eq!(guest.session.map(file, 0, 2 << 20, 3), Err(Errno::ENOSPC));
+    assert_eq!(
+        guest.session.map(ObjectId(99), 0, 4096, 3),
+        Err(Errno::EBADF)
+    );
+    assert_eq!(guest.session.channel().session().usage().mapped, 0);
+}
+
+#[test]
+fn requests_that_are_no_requests_get_an_errno() {
+    let mut guest = Guest::new();
+    let file = guest.file;
+    assert_eq!(guest.raw(999, file, &[], &[]), -Errno::ENOSYS.number());
+    assert_eq!(
+        guest.raw(Operation::Open.number(), file, &[1], &[]),
+        -Errno::EINVAL.number()
+    );
+    let flags = OpenRequest {
+        flags: 0o100.into(),
+        reserved: 0.into(),
+    };
+    let result = guest.raw(Operation::Open.number(), file, flags.as_bytes(), &[]);
+    assert_eq!(result, -Errno::EINVAL.number());
+    let nowhere = ObjectId(-1);
+    let map = MapRequest::new_zeroed();
+    let result = guest.raw(Operation::Map.number(), nowhere, map.as_bytes(), &[]);
+    assert_eq!(result, -Errno::EBADF.number());
+    let response = guest.session.channel().raw(&[1, 2, 3], 64);
+    let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
+    assert_eq!(header.result.get(), -Errno::EPROTO.number());
+}
+
+#[test]
+fn nothing_works_before_the_hello() {
+    let host = HostSession::new(Arc::new(Recording::default()), None, Limits::default());
+    let mut channel = Loopback::new(host);
+    let header = RequestHeader {
+        operation: Operation::Open.number().into(),
+        flags: 0.into(),
+        object: 0.into(),
+        id: 1.into(),
+    };
+    let request = [header.as_bytes(), OpenRequest::new_zeroed().as_bytes()].concat();
+    let response = channel.raw(&request, 64);
+    let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
+    assert_eq!(header.result.get(), -Errno::EPROTO.number());
+}
+
+#[test]
+fn a_guest_that_dies_in_the_middle_of_a_request_leaves_nothing_behind() {
+    let mut guest = Guest::new();
+    let handle = guest.create(4096).unwrap();
+    let (file, record, aperture) = (
+        guest.file,
+        Arc::clone(&guest.record),
+        Arc::clone(&guest.aperture),
+    );
+    let mapping = guest.session.map(file, 0, 1 << 20, 3).unwrap();
+    assert_eq!(mapping.length, 1 << 20);
+    let mut wait = Wait { handle, flags: 0 };
+    let address = &raw mut wait as u64;
+    let pending = guest
+        .session
+        .start_ioctl(file, virtio_gpu::WAIT, address, &guest.caller)
+        .unwrap();
+    assert_eq!(record.open(), 1);
+    drop(pending);
+    drop(guest);
+    assert_eq!(record.open(), 0);
+    // The whole aperture is free again.
+    let host = HostSession::new(
+        Arc::new(Recording::default()),
+        Some(aperture),
+        Limits::default(),
+    );
+    let mut session = Session::connect(Loopback::new(host), "next").unwrap();
+    let file = session.open(open::RDWR).unwrap();
+    assert_eq!(session.map(file, 0, 1 << 20, 3), Ok(mapping));
+    assert!(session.channel().max_message() > 0);
+}
