@@ -186,6 +186,7 @@ impl Call {
             .get_mut(range.clone())
             .unwrap_or_default();
         let value = field.read(bytes);
+        let inside = field.range().end <= bytes.len();
         let handle = u32::try_from(value);
         let owns = |space| handle.is_ok_and(|handle| owned.owns(space, handle));
         match *field.kind(structure, bytes) {
@@ -218,10 +219,13 @@ impl Call {
                         .min(i64::MAX as u64),
                 };
                 field.write(bytes, deadline);
-                let place = range.start + usize::from(field.offset);
-                self.deadlines.push(place);
+                if inside {
+                    self.deadlines.push(range.start + usize::from(field.offset));
+                }
                 Ok(())
             }
+            // An older form of the struct has no place for it.
+            Kind::Fd(_) if !inside => Err(Errno::EINVAL),
             Kind::Fd(direction) => {
                 let object = match direction.is_in() {
                     true => {

@@ -143,6 +143,54 @@ fn a_descriptor_that_the_kernel_gives_out_is_closed_with_its_last_reference() {
 }
 
 #[test]
+fn an_older_submission_keeps_its_commands() {
+    use pvgpu_protocol::schema::command;
+    for size in [32, 40] {
+        let argument = virtio_gpu::Execbuffer {
+            size: 64,
+            command: PRESENT,
+            ..Default::default()
+        };
+        let mut payload = argument.as_bytes()[..size].to_vec();
+        payload.extend_from_slice(&[0xcc; 64]);
+        let command = command::with_size(virtio_gpu::EXECBUFFER, size as u16);
+        let mut call = call("virtio_gpu", command, &payload, Vec::new());
+        ioctl::perform_by(&mut call, |seen, argument| {
+            assert_eq!(seen, command);
+            // SAFETY: the older form starts with 8 bytes and the address of 64 bytes of commands.
+            unsafe {
+                let address = argument.add(8).cast::<u64>().read() as usize;
+                let commands = std::ptr::with_exposed_provenance::<[u8; 64]>(address);
+                assert_eq!(commands.read(), [0xcc; 64]);
+            }
+            Ok(0)
+        })
+        .unwrap();
+    }
+}
+
+#[test]
+fn no_time_of_the_host_goes_back_to_the_guest() {
+    let mut payload = core::SyncobjWait {
+        handles: PRESENT,
+        timeout_nsec: 1_000_000_000,
+        count_handles: 1,
+        flags: core::syncobj::WAIT_DEADLINE,
+        deadline_nsec: 5,
+        ..Default::default()
+    }
+    .as_bytes()
+    .to_vec();
+    payload.extend_from_slice(&3u32.to_le_bytes());
+    let mut call = call("vgem", core::SYNCOBJ_WAIT, &payload, Vec::new());
+    let there: core::SyncobjWait = call.read_argument();
+    assert!(there.timeout_nsec > 1_000_000_000 && there.deadline_nsec > 5);
+    call.publish(|_| Ok(1)).unwrap();
+    let back: core::SyncobjWait = call.read_argument();
+    assert_eq!((back.timeout_nsec, back.deadline_nsec), (0, 0));
+}
+
+#[test]
 fn an_object_without_a_descriptor_is_a_bad_one() {
     struct Nothing;
     impl HostObject for Nothing {
