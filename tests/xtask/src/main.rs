@@ -6,7 +6,9 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod command;
+mod lock_file;
 mod programs;
+mod test;
 mod testbed;
 
 /// The project's tasks.
@@ -22,10 +24,13 @@ struct Arguments {
 enum Task {
     /// Run the end-to-end tests inside a virtual machine with real GPU drivers and nested KVM
     Testbed(testbed::Arguments),
+    /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
+    Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Testbed(arguments) => testbed::run(&arguments),
+        Task::Test(arguments) => test::run(&arguments),
     }
 }
