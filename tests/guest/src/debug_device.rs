@@ -44,7 +44,6 @@ impl DebugDevice {
     }
 
     /// Has the VMM write `bytes` to the file of its `--dump FILE`. Err is the errno.
-    #[expect(dead_code, reason = "for the drawing scenario")]
     pub fn dump(self, bytes: &[u8]) -> Result<(), u32> {
         let address = bytes.as_ptr().addr() as u64;
         self.0.write(DUMP_ADDRESS, (address & 0xffff_ffff) as u32);

@@ -2,9 +2,9 @@
 //!
 //! The handler (`ring0/traps.s`) counts each interrupt by vector and acknowledges it; whoever waits for one compares counters.
 
-use core::sync::atomic::Ordering;
+use core::sync::atomic::{AtomicU64, Ordering};
 
-use crate::ring0;
+use crate::{clock, ring0};
 
 /// Vector of global system interrupt 0.
 const GSI_VECTOR: u8 = 32;
@@ -69,11 +69,16 @@ pub fn sleep(seen: u32) {
 
 /// Halts as [`sleep`] does, but no longer than about `nanoseconds` (at most 4.29 s): the local APIC's timer ends it.
 pub fn sleep_at_most(seen: u32, nanoseconds: u64) {
+    set_timer(nanoseconds);
+    sleep(seen);
+    ring0::interrupt_controller_write(local_apic::TIMER_INITIAL_COUNT, 0);
+}
+
+/// Has the local APIC's timer interrupt once, after that time.
+fn set_timer(nanoseconds: u64) {
     let ticks = u32::try_from(nanoseconds).unwrap_or(u32::MAX).max(1);
     ring0::interrupt_controller_write(local_apic::TIMER, u32::from(TIMER_VECTOR));
     ring0::interrupt_controller_write(local_apic::TIMER_INITIAL_COUNT, ticks);
-    sleep(seen);
-    ring0::interrupt_controller_write(local_apic::TIMER_INITIAL_COUNT, 0);
 }
 
 impl Interrupt {
@@ -84,17 +89,46 @@ impl Interrupt {
 
     /// Starts to listen to a global system interrupt, edge triggered. Nothing when the machine has no such line.
     pub fn listen(gsi: u8) -> Option<Self> {
-        if gsi >= IO_APIC_PINS {
-            return None;
-        }
-        let vector = GSI_VECTOR + gsi;
+        let interrupt = Self::of_gsi(gsi)?;
         let destination = ring0::interrupt_controller_read(local_apic::ID) & 0xff00_0000;
         let entry = io_apic::REDIRECTION + 2 * u32::from(gsi);
-        for (register, value) in [(entry + 1, destination), (entry, u32::from(vector))] {
+        for (register, value) in [
+            (entry + 1, destination),
+            (entry, u32::from(interrupt.vector)),
+        ] {
             ring0::interrupt_controller_write(io_apic::SELECT, register);
             ring0::interrupt_controller_write(io_apic::WINDOW, value);
         }
-        Some(Self { vector })
+        Some(interrupt)
+    }
+
+    /// The interrupt that [`Interrupt::listen`] gave for this line.
+    pub fn of_gsi(gsi: u8) -> Option<Self> {
+        (gsi < IO_APIC_PINS).then(|| Self {
+            vector: GSI_VECTOR + gsi,
+        })
+    }
+
+    /// Halts until [`Interrupt::count`] is no longer `seen`, or not much longer than `nanoseconds` (at most 4.29 s); an earlier
+    /// call's timer may end it sooner.
+    pub fn sleep(self, seen: u32, nanoseconds: u64) {
+        /// When the timer that is set will ring.
+        static ALARM: AtomicU64 = AtomicU64::new(0);
+        // To set the timer costs more than to sleep, so one that rings early enough is left alone.
+        let now = clock::now_ns();
+        let alarm = ALARM.load(Ordering::Relaxed);
+        if alarm <= now || alarm > now + nanoseconds {
+            set_timer(nanoseconds);
+            ALARM.store(now + nanoseconds, Ordering::Relaxed);
+        }
+        let rung = Self::TIMER.count();
+        loop {
+            let interrupts = count();
+            if self.count() != seen || Self::TIMER.count() != rung {
+                return;
+            }
+            sleep(interrupts);
+        }
     }
 
     /// How often it has been taken.

@@ -1,15 +1,22 @@
-//! Guest-physical memory that is not Rust's: the boot loader's data below 1 MiB, and device registers from 3 GiB up.
+//! Guest-physical memory that is not Rust's: the boot loader's data below 1 MiB, device registers from 3 GiB up, and the
+//! aperture from 64 GiB up.
 //!
 //! Everything is mapped one to one (`ring0/tables.s`), so an address is a pointer. The functions here are safe because
 //! each of them refuses addresses outside of its own region, and no Rust object lives in any of these regions.
 #![allow(unsafe_code)]
 
-use core::ptr;
+use core::ptr::{self, NonNull};
+
+use pvgpu_guest_driver::baremetal::mmio;
+use pvgpu_guest_driver::baremetal::{MmioError, MmioTransport, SharedMemory};
 
 /// Where the boot loader's data may lie: above the null page, below the guard page of the stack.
 const BOOT_DATA: core::ops::Range<u64> = 0x1000..0x10_0000;
 /// Where device registers are.
 const DEVICES: core::ops::Range<u64> = 0xc000_0000..0x1_0000_0000;
+
+/// Where the aperture may be (`page_directory_aperture` in `ring0/tables.s`).
+const APERTURE: core::ops::Range<u64> = 0x10_0000_0000..0x12_0000_0000;
 
 /// The boot loader's data at `address`, or nothing when it does not lie below 1 MiB.
 pub fn boot_data(address: u64, length: usize) -> Option<&'static [u8]> {
@@ -42,6 +49,17 @@ impl Registers {
         Some(Self { base, size })
     }
 
+    /// The virtio-mmio device with these registers, for this guest's one driver of it.
+    pub fn virtio_mmio(self) -> Result<MmioTransport<'static>, MmioError> {
+        assert!(self.size >= size_of::<mmio::Registers>() as u64);
+        let registers = NonNull::new(self.register(0)).map(NonNull::cast);
+        // SAFETY: mapped device registers for ever, as checked in `new`, and enough of them; only `gpu` calls this, and only for the
+        // window that the command line announces.
+        registers.map_or(Err(MmioError::NoDevice(0)), |registers| unsafe {
+            MmioTransport::new(registers)
+        })
+    }
+
     /// Guest-physical address of the first register.
     pub fn base(self) -> u64 {
         self.base
@@ -66,5 +84,61 @@ impl Registers {
         // SAFETY: a mapped device register, as checked here and in `new`; which guest memory a device may write to is
         // decided by whoever tells it the addresses.
         unsafe { self.register(offset).write_volatile(value) };
+    }
+}
+
+/// A range of the aperture: memory that the host's GPU may change at any time, so it is only ever copied.
+#[derive(Debug)]
+pub struct ApertureRange {
+    start: *mut u8,
+    length: usize,
+}
+
+impl ApertureRange {
+    /// `length` bytes at `offset` of the aperture; nothing when that is not inside of it, or of what the guest has mapped.
+    pub fn new(aperture: SharedMemory, offset: u64, length: u64) -> Option<Self> {
+        let end = offset
+            .checked_add(length)
+            .filter(|end| *end <= aperture.size)?;
+        if aperture.address < APERTURE.start || aperture.address.checked_add(end)? > APERTURE.end {
+            return None;
+        }
+        let start = usize::try_from(aperture.address + offset).ok()?;
+        Some(Self {
+            start: ptr::with_exposed_provenance_mut(start),
+            length: usize::try_from(length).ok()?,
+        })
+    }
+
+    /// Its length in bytes.
+    pub fn len(&self) -> usize {
+        self.length
+    }
+
+    fn at(&self, offset: usize, length: usize) -> *mut u8 {
+        let inside = offset
+            .checked_add(length)
+            .is_some_and(|end| end <= self.length);
+        assert!(
+            inside,
+            "{length} bytes at {offset} are outside of a mapping of {} bytes",
+            self.length
+        );
+        self.start.wrapping_add(offset)
+    }
+
+    /// Copies the bytes at `offset` out of the aperture.
+    pub fn read(&self, offset: usize, bytes: &mut [u8]) {
+        let source = self.at(offset, bytes.len());
+        // SAFETY: checked above: mapped, inside of the aperture, where no Rust object lives; a concurrent change of the GPU's gives
+        // other bytes, as on any machine, and memcpy (`memory_functions.s`) does not mind.
+        unsafe { ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) };
+    }
+
+    /// Copies bytes into the aperture at `offset`.
+    pub fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let target = self.at(offset, bytes.len());
+        // SAFETY: as for `read`.
+        unsafe { ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) };
     }
 }

@@ -4,6 +4,8 @@ use alloc::string::String;
 
 use crate::machine::Machine;
 
+mod device;
+mod draw;
 mod fault;
 mod hello;
 mod interrupts;
@@ -31,6 +33,16 @@ pub const ALL: &[Scenario] = &[
         name: "interrupts",
         about: "takes interrupts from timer and serial port",
         run: interrupts::run,
+    },
+    Scenario {
+        name: "device",
+        about: "talks to the GPU's proxy and times requests that do nothing",
+        run: device::run,
+    },
+    Scenario {
+        name: "draw",
+        about: "draws a picture on the GPU and dumps it",
+        run: draw::run,
     },
     Scenario {
         name: "memory",

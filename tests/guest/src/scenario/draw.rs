@@ -1,0 +1,47 @@
+//! `scenario=draw`: draws a picture through the GPU with the calls of the host driver's own scenario ([`pvgpu_scenarios`]), and
+//! hands the picture to the VMM's `--dump FILE`: pixels of four bytes, red, green, blue, alpha, row after row.
+
+use alloc::format;
+use alloc::rc::Rc;
+use alloc::string::{String, ToString};
+use core::cell::RefCell;
+
+use pvgpu_scenarios::{vgem, virtio_gpu};
+
+use crate::device_file::GuestFile;
+use crate::machine::Machine;
+use crate::{gpu, println};
+
+/// Runs the scenario.
+pub fn run(machine: &Machine) -> Result<(), String> {
+    let (session, aperture) = gpu::connect(machine)?;
+    let driver = session.host().driver;
+    let session = Rc::new(RefCell::new(session));
+    let mut file = GuestFile::open(&session, aperture).map_err(|errno| format!("open: {errno}"))?;
+    let mut report = |step: &'static str, nanoseconds: u64| {
+        println!(
+            "step {step}: {}.{:03} us",
+            nanoseconds / 1000,
+            nanoseconds % 1000
+        );
+    };
+    let picture = match driver.as_str() {
+        "vgem" => vgem::draw(&mut file, &mut report),
+        "virtio_gpu" => virtio_gpu::draw(&mut file, &mut report),
+        other => return Err(format!("nothing to draw with the host driver {other}")),
+    }
+    .map_err(|failure| failure.to_string())?;
+    println!(
+        "picture {}x{}, fingerprint {:#018x}, {} doorbells",
+        picture.width,
+        picture.height,
+        picture.fingerprint(),
+        session.borrow_mut().channel().doorbells()
+    );
+    let debug = machine
+        .debug
+        .ok_or("no debug device to hand the picture to")?;
+    debug.dump(&picture.rgba).map_err(|errno| {
+        format!("the VMM did not take the picture: errno {errno} (run it with --dump FILE)")
+    })
+}
