@@ -43,7 +43,9 @@ pub enum ChannelError {
     Magic(u32),
     /// It speaks this version of the protocol.
     ProtocolVersion(u16),
-    /// A queue could not be set up.
+    /// Its request queue has at most this many entries.
+    QueueSize(u32),
+    /// The request queue could not be set up.
     Queue(virtio_drivers::Error),
 }
 
@@ -65,9 +67,13 @@ impl fmt::Display for ChannelError {
                 f,
                 "the GPU speaks protocol version {version}, this driver {VERSION}: update the older of the two"
             ),
+            Self::QueueSize(size) => write!(
+                f,
+                "the GPU's request queue has {size} entries, this driver needs {QUEUE_SIZE}: give the VM larger queues"
+            ),
             Self::Queue(error) => write!(
                 f,
-                "request queue: {error}: the device needs queues of at least {QUEUE_SIZE} entries, the guest memory for them"
+                "the GPU's request queue: {error}: give the guest more memory"
             ),
         }
     }
@@ -113,6 +119,11 @@ impl<'a, P: Platform> VirtioChannel<'a, P> {
         if config.version.get() != VERSION {
             transport.set_status(DeviceStatus::FAILED);
             return Err(ChannelError::ProtocolVersion(config.version.get()));
+        }
+        let size = transport.max_queue_size(REQUEST_QUEUE);
+        if size < QUEUE_SIZE as u32 {
+            transport.set_status(DeviceStatus::FAILED);
+            return Err(ChannelError::QueueSize(size));
         }
         let aperture = transport.shared_memory(APERTURE_REGION);
         let event_index = features.contains(Feature::RING_EVENT_IDX);
@@ -266,5 +277,96 @@ impl<P: Platform> Channel for VirtioChannel<'_, P> {
 
     fn now_ns(&self) -> u64 {
         P::now_ns()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::baremetal::fake::Fake;
+    use crate::baremetal::mmio::tests::{offer, window};
+    use safe_mmio::UniqueMmioPointer;
+
+    /// Both halves of the feature bits read the same from a window of plain memory: VERSION_1 and RING_EVENT_IDX.
+    const OFFERED: u32 = 1 | 1 << 29;
+
+    fn error(features: u32, queue_size: u32, config: [u32; 2]) -> Option<ChannelError> {
+        let mut registers = window();
+        offer(&mut registers, features, queue_size, config);
+        let transport =
+            MmioTransport::from_registers(UniqueMmioPointer::from(&mut registers)).unwrap();
+        VirtioChannel::<Fake>::new(transport, Wait::Polling).err()
+    }
+
+    #[test]
+    fn a_device_that_is_as_it_should_be_is_accepted() {
+        assert_eq!(
+            error(
+                OFFERED,
+                128,
+                [CONFIG_MAGIC, 0x0001_0000 | u32::from(VERSION)]
+            ),
+            None
+        );
+        assert_eq!(
+            error(1, 1024, [CONFIG_MAGIC, 0x0004_0000 | u32::from(VERSION)]),
+            None
+        );
+    }
+
+    #[test]
+    fn a_device_that_this_driver_cannot_use_is_refused_with_the_reason() {
+        let config = [CONFIG_MAGIC, 0x0001_0000 | u32::from(VERSION)];
+        assert_eq!(error(1 << 29, 128, config), Some(ChannelError::NotModern));
+        assert_eq!(
+            error(OFFERED, 64, config),
+            Some(ChannelError::QueueSize(64))
+        );
+        assert_eq!(
+            error(OFFERED, 128, [7, config[1]]),
+            Some(ChannelError::Magic(7))
+        );
+        assert_eq!(
+            error(OFFERED, 128, [CONFIG_MAGIC, u32::from(VERSION + 1)]),
+            Some(ChannelError::ProtocolVersion(VERSION + 1))
+        );
+    }
+
+    #[test]
+    fn the_status_says_which_part_of_the_initialization_was_reached() {
+        let mut registers = window();
+        offer(
+            &mut registers,
+            OFFERED,
+            128,
+            [CONFIG_MAGIC, u32::from(VERSION)],
+        );
+        let transport =
+            MmioTransport::from_registers(UniqueMmioPointer::from(&mut registers)).unwrap();
+        let channel = VirtioChannel::<Fake>::new(transport, Wait::Polling).unwrap();
+        let status = channel.transport.get_status();
+        assert_eq!(
+            status.bits(),
+            1 | 2 | 4 | 8,
+            "ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK"
+        );
+    }
+
+    #[test]
+    fn a_device_that_needs_a_reset_is_gone() {
+        let mut registers = window();
+        offer(
+            &mut registers,
+            OFFERED,
+            128,
+            [CONFIG_MAGIC, u32::from(VERSION)],
+        );
+        let transport =
+            MmioTransport::from_registers(UniqueMmioPointer::from(&mut registers)).unwrap();
+        let mut channel = VirtioChannel::<Fake>::new(transport, Wait::Polling).unwrap();
+        assert_eq!(channel.check_alive(), Ok(()));
+        let broken = channel.transport.get_status() | DeviceStatus::DEVICE_NEEDS_RESET;
+        channel.transport.set_status(broken);
+        assert_eq!(channel.check_alive(), Err(Errno::ENODEV));
     }
 }

@@ -330,6 +330,18 @@ pub(super) mod tests {
         registers
     }
 
+    /// Gives the window what a driver looks at before it uses a device.
+    pub(in super::super) fn offer(
+        registers: &mut Registers,
+        features: u32,
+        queue_size: u32,
+        config: [u32; 2],
+    ) {
+        registers.device_features = ReadPure(features);
+        registers.queue_size_max = ReadPure(queue_size);
+        registers.config = config.map(ReadPure);
+    }
+
     pub(in super::super) fn words(registers: &Registers) -> &[u32] {
         <[u32]>::ref_from_bytes(registers.as_bytes()).unwrap()
     }

@@ -7,6 +7,8 @@
 //! What the machine has to bring is [`Platform`].
 
 pub mod channel;
+#[cfg(test)]
+mod fake;
 pub mod mmio;
 pub mod queue;
 
