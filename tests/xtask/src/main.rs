@@ -6,6 +6,7 @@ use std::process::ExitCode;
 use clap::{Parser, Subcommand};
 
 mod command;
+mod docs;
 mod lock_file;
 mod programs;
 mod test;
@@ -24,6 +25,8 @@ struct Arguments {
 enum Task {
     /// Run the end-to-end tests inside a virtual machine with real GPU drivers and nested KVM
     Testbed(testbed::Arguments),
+    /// Write the pages of docs/ that are made from the tables
+    Docs(docs::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
 }
@@ -31,6 +34,7 @@ enum Task {
 fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Testbed(arguments) => testbed::run(&arguments),
+        Task::Docs(arguments) => docs::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
     }
 }
