@@ -12,19 +12,23 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::thread::JoinHandle;
 
+use pvgpu_host_proxy::device::Device;
+use pvgpu_host_proxy::statistics::Statistics;
 use serde::Serialize;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 
 use crate::boot::{self, BootError};
 use crate::bus::{Attachment, Bus, Overlap};
 use crate::debug::{Debug, DumpTarget};
+use crate::gpu::{self, Gpu, GpuError};
 use crate::kvm::{self, KvmError, Machine};
 use crate::memory::{MemoryError, Ram};
 use crate::ports::Ports;
 use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, Exits, Kick, Surroundings, Vcpu};
-use crate::{events, layout};
+use crate::virtio_mmio::VirtioMmio;
+use crate::{events, layout, size};
 
 /// A machine that does not exist yet. [`VmConfig::new`] gives a modest one; change its fields.
 #[derive(Debug)]
@@ -41,6 +45,8 @@ pub struct VmConfig {
     pub memory: u64,
     /// Number of vCPUs, 1 to [`layout::MAX_CPUS`].
     pub cpus: u8,
+    /// The GPU; none where a machine is to have none.
+    pub gpu: Option<Gpu>,
     /// Where the guest's serial console goes and comes from.
     pub console: Console,
     /// Where the guest's dumps go.
@@ -50,7 +56,7 @@ pub struct VmConfig {
 }
 
 impl VmConfig {
-    /// A machine with 256 MiB of RAM and one vCPU that prints to standard output.
+    /// A machine with 256 MiB of RAM, one vCPU and no GPU that prints to standard output.
     pub fn new(kernel: impl Into<PathBuf>) -> Self {
         Self {
             kvm: kvm::DEVICE.into(),
@@ -59,6 +65,7 @@ impl VmConfig {
             cmdline: String::new(),
             memory: 256 << 20,
             cpus: 1,
+            gpu: None,
             console: Console::output(io::stdout()),
             dump: None,
             devices: Vec::new(),
@@ -78,6 +85,9 @@ pub enum VmError {
     /// Kernel, initial ramdisk or command line.
     #[error(transparent)]
     Boot(#[from] BootError),
+    /// The GPU.
+    #[error(transparent)]
+    Gpu(#[from] GpuError),
     /// Device windows.
     #[error(transparent)]
     Devices(#[from] Overlap),
@@ -111,6 +121,10 @@ pub struct Outcome {
     pub exit_code: u8,
     /// How often guests left for the monitor, all vCPUs together.
     pub exits: Exits,
+    /// How many of the exits were doorbells of the GPU; those that went through an ioeventfd are no exits.
+    pub doorbell_exits: u64,
+    /// What the GPU counted, as it was when the machine ended.
+    pub gpu: Option<Statistics>,
     /// The last dump, where [`DumpTarget::Memory`] asked to keep it.
     #[serde(skip)]
     pub dump: Option<Vec<u8>>,
@@ -118,14 +132,16 @@ pub struct Outcome {
 
 /// A machine that is complete but for running.
 ///
-/// Fields are in the order in which they must be dropped: what uses guest memory before the memory.
+/// Fields are in the order in which they must be dropped: the VM before the memory in its slots (RAM and
+/// the device's aperture), devices before the RAM that they use.
 pub struct Vm {
     vcpus: Vec<(Vcpu, Kick)>,
+    machine: Machine,
     around: Surroundings,
     debug: Arc<Debug>,
+    transport: Option<Arc<VirtioMmio<Device>>>,
     port: Port,
     input: Option<(File, bool)>,
-    machine: Machine,
     ram: Ram,
 }
 
@@ -172,7 +188,25 @@ impl Vm {
             doorbells: Vec::new(),
             interrupts: Vec::new(),
         })?;
-        let announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
+        let mut announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
+        let mut transport = None;
+        if let Some(gpu) = config.gpu {
+            let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
+            if let Some(range) = attached.aperture {
+                // SAFETY: the device keeps the aperture mapped, whatever it maps inside, for as long as
+                // it lives; it is on the bus that every vCPU holds while it runs, and no Rust reference
+                // ever points into the aperture.
+                unsafe { machine.add_memory(layout::slot::APERTURE, range)? };
+            }
+            bus.attach(attached.attachment)?;
+            announcements.push(format!(
+                "virtio_mmio.device={}@{:#x}:{}",
+                size::display(layout::GPU_MMIO_SIZE),
+                layout::GPU_MMIO,
+                layout::GPU_IRQ
+            ));
+            transport = Some(attached.transport);
+        }
         for device in config.devices {
             bus.attach(device)?;
         }
@@ -208,11 +242,12 @@ impl Vm {
             .map(|file| (file, config.console.escape));
         Ok(Self {
             vcpus,
+            machine,
             around,
             debug,
+            transport,
             port,
             input,
-            machine,
             ram,
         })
     }
@@ -237,14 +272,16 @@ impl Vm {
     ///
     /// With the panic of a vCPU thread, if one had one: a defect of the monitor.
     pub fn run(self) -> Result<Outcome, VmError> {
+        // On an early return these are dropped from the last to the first: see the order of the fields.
         let Self {
-            vcpus,
-            around,
-            debug,
-            port,
-            input,
-            machine,
             ram,
+            input,
+            port,
+            transport,
+            debug,
+            around,
+            machine,
+            vcpus,
         } = self;
         let mut running: Vec<(JoinHandle<Exits>, Kick)> = Vec::new();
         let mut result = Ok(());
@@ -289,13 +326,17 @@ impl Vm {
             .stop
             .ending()
             .unwrap_or(Ending::Stopped { signal: None });
-        // Devices hold guest memory: they go before it.
-        drop((debug, around, port, machine));
+        // Counted before the end of the session, which takes its counters with it.
+        let doorbell_exits = transport.as_ref().map_or(0, |t| t.notifications());
+        let gpu = transport.as_ref().map(|t| t.device().statistics());
+        drop((machine, around, debug, port, transport));
         drop(ram);
         Ok(Outcome {
             exit_code: ending.status(),
             ending,
             exits,
+            doorbell_exits,
+            gpu,
             dump,
         })
     }

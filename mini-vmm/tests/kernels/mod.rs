@@ -235,6 +235,55 @@ kernel!(
 9:
 "#);
 
+kernel!(
+    /// Dumps what the GPU's transport says of itself: magic, version, device, vendor, base and length of
+    /// shared-memory region 0, largest size of queue 0, first word of configuration space; exits with 0.
+    gpu_registers, gpu_registers_start, gpu_registers_end, r#"
+    mov edi, 0xd0000000
+    mov ebx, 0x200000
+    lea rsi, [rip + 7f]
+    mov ebp, 10
+1:  mov ecx, [rsi]
+    mov eax, [rdi + rcx]
+    mov [rbx], eax
+    add rsi, 4
+    add rbx, 4
+    dec ebp
+    jnz 1b
+    mov edi, 0xd0001000
+    mov dword ptr [rdi + 8], 0x200000
+    mov dword ptr [rdi + 16], 40
+    mov dword ptr [rdi + 20], 1
+    mov eax, [rdi + 20]
+    mov [rdi], eax
+2:  jmp 2b
+7:  .long 0x000, 0x004, 0x008, 0x00c, 0x0b8, 0x0bc, 0x0b0, 0x0b4, 0x034, 0x100
+"#);
+
+kernel!(
+    /// Brings the GPU into operation with one empty queue of 16, rings its doorbell once and exits with
+    /// the device's status.
+    gpu_start, gpu_start_start, gpu_start_end, r#"
+    mov edi, 0xd0000000
+    lea rsi, [rip + 7f]
+1:  mov ecx, [rsi]
+    cmp ecx, -1
+    je 2f
+    mov eax, [rsi + 4]
+    mov [rdi + rcx], eax
+    add rsi, 8
+    jmp 1b
+2:  mov eax, [rdi + 0x70]
+    mov edi, 0xd0001000
+    mov [rdi], eax
+3:  jmp 3b
+7:  .long 0x70, 1,  0x70, 3
+    .long 0x24, 1,  0x20, 1,  0x24, 0,  0x20, 0,  0x70, 11
+    .long 0x30, 0,  0x38, 16
+    .long 0x80, 0x200000,  0x84, 0,  0x90, 0x201000,  0x94, 0,  0xa0, 0x202000,  0xa4, 0
+    .long 0x44, 1,  0x70, 15,  0x50, 0,  -1
+"#);
+
 /// Where the code of an ELF kernel is loaded.
 const LOAD: u64 = 0x10_0000;
 
