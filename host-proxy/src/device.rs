@@ -401,7 +401,9 @@ impl RequestQueue {
         let limit = usize::try_from(session.limits().message).unwrap_or(usize::MAX);
         let mut used = false;
         let mut found = false;
-        for _ in 0..self.lock().size() {
+        // Not in the head of the loop, where the lock would be held for all of it.
+        let size = self.lock().size();
+        for _ in 0..size {
             if self.closing.load(Ordering::Acquire) {
                 return false;
             }
