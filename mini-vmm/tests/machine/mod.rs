@@ -3,6 +3,7 @@
 #![allow(dead_code)]
 
 use std::io::{self, Write};
+use std::sync::mpsc::{Receiver, RecvTimeoutError};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -30,17 +31,23 @@ impl Screen {
     }
 }
 
-/// Ends a machine that takes too long, so that a failing test fails instead of hanging.
+/// Runs the machine, but not for ever: it is stopped after a while, and the whole test process when even
+/// that does not end it.
 pub fn run(vm: Vm) -> Outcome {
     let stop = vm.stop();
     let (done, watch) = std::sync::mpsc::channel::<()>();
+    let in_time = |watch: &Receiver<()>| {
+        watch.recv_timeout(Duration::from_secs(20)) == Err(RecvTimeoutError::Disconnected)
+    };
     let watchdog = std::thread::spawn(move || {
-        if watch.recv_timeout(Duration::from_secs(20))
-            == Err(std::sync::mpsc::RecvTimeoutError::Timeout)
-        {
+        if !in_time(&watch) {
             stop.end(Ending::Failure {
                 cause: "the test's time is over".into(),
             });
+            if !in_time(&watch) {
+                eprintln!("a machine cannot be stopped: a vCPU or the device is stuck");
+                std::process::abort();
+            }
         }
     });
     let outcome = vm.run().unwrap();
