@@ -22,7 +22,7 @@ pub struct Hello<'a> {
     pub version_max: u16,
     /// Features that it can use; none is defined yet.
     pub features: u64,
-    /// Who it is, for the host's log: at most 64 bytes are kept.
+    /// Who it is, for the host's log: at most 64 characters are kept.
     pub guest: &'a str,
 }
 
@@ -58,7 +58,8 @@ pub struct DriverIdentity<'a> {
 /// What one guest may use at a time. Reaching a limit is an errno for that guest and harms no other.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Limits {
-    /// Bytes of one request and of one response, headers included (`E2BIG`).
+    /// Bytes of one request with its header (a longer one is returned unanswered), of the payload of an ioctl with all
+    /// its arrays, both ways (`E2BIG`), and of a read (`EINVAL`).
     pub message: u32,
     /// Open files and other objects (`EMFILE`).
     pub objects: u32,
