@@ -14,6 +14,8 @@
 extern crate alloc;
 
 pub mod device;
+pub mod landscape;
+pub mod outline;
 pub mod picture;
 pub mod steps;
 pub mod vgem;
