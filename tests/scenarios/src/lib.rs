@@ -3,7 +3,9 @@
 //!
 //! - [`device`]: a DRM device file as a program sees it; the one thing that differs between the two sides.
 //! - [`steps`]: calls on it that are timed, reported and checked.
-//! - [`vgem`], [`virtio_gpu`]: a scenario for each host driver; [`virgl`] writes the latter's commands.
+//! - [`vgem`], [`virtio_gpu`], [`soft`]: a scenario for each host driver. [`virgl`] writes the commands of the second
+//!   one, [`landscape`] with [`outline`] those of the last one.
+//! - [`selftest`]: calls that must fail.
 //! - [`picture`]: what a scenario returns.
 //!
 //! Nothing here knows which side it runs on, and nothing here is part of what pvgpu offers to its users.
@@ -17,6 +19,8 @@ pub mod device;
 pub mod landscape;
 pub mod outline;
 pub mod picture;
+pub mod selftest;
+pub mod soft;
 pub mod steps;
 pub mod vgem;
 pub mod virgl;

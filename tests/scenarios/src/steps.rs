@@ -5,6 +5,7 @@ use alloc::format;
 use alloc::string::String;
 
 use pvgpu_protocol::Errno;
+use pvgpu_protocol::family::core::{VERSION, Version};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::DeviceFile;
@@ -111,6 +112,39 @@ macro_rules! check {
             return Err($crate::Failure::Wrong(alloc::format!($($reason)+)));
         }
     };
+}
+
+/// The name of the device's driver, and its length in bytes.
+pub fn driver_name<D: DeviceFile, R: Report>(
+    steps: &mut Steps<'_, D, R>,
+) -> Result<([u8; 32], usize), Failure> {
+    let mut name = [0; 32];
+    let version = steps.ioctl(
+        "VERSION",
+        VERSION,
+        Version {
+            name_len: name.len() as u64,
+            name: address_mut(&mut name),
+            ..Default::default()
+        },
+    )?;
+    let length = name.len().min(version.name_len as usize);
+    Ok((name, length))
+}
+
+/// Fails unless the device's driver has that name.
+pub fn expect_driver<D: DeviceFile, R: Report>(
+    steps: &mut Steps<'_, D, R>,
+    driver: &[u8],
+) -> Result<(), Failure> {
+    let (name, length) = driver_name(steps)?;
+    check!(
+        &name[..length] == driver,
+        "the driver is {}, not {}: open a node of that driver",
+        name[..length].escape_ascii(),
+        driver.escape_ascii()
+    );
+    Ok(())
 }
 
 /// The address of `bytes` as a pointer field of an ioctl argument holds it.

@@ -8,13 +8,13 @@ use alloc::vec::Vec;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::core::{
     GEM_CLOSE, GemClose, PRIME_FD_TO_HANDLE, PRIME_HANDLE_TO_FD, PrimeFdToHandle, PrimeHandleToFd,
-    VERSION, Version, prime,
+    prime,
 };
 use pvgpu_protocol::family::vgem::{
     CREATE_DUMB, CreateDumb, DESTROY_DUMB, DestroyDumb, MAP_DUMB, MapDumb,
 };
 
-use crate::steps::{Failure, Report, Steps, address_mut};
+use crate::steps::{Failure, Report, Steps, expect_driver};
 use crate::{DeviceFile, Mapping, Picture, check};
 
 /// Size of the picture in pixels.
@@ -152,31 +152,6 @@ pub fn draw<D: DeviceFile>(file: &mut D, report: &mut impl Report) -> Result<Pic
         height: HEIGHT,
         rgba,
     })
-}
-
-/// Fails unless the device's driver has that name.
-pub(crate) fn expect_driver<D: DeviceFile, R: Report>(
-    steps: &mut Steps<'_, D, R>,
-    driver: &[u8],
-) -> Result<(), Failure> {
-    let mut name = [0; 32];
-    let version = steps.ioctl(
-        "VERSION",
-        VERSION,
-        Version {
-            name_len: name.len() as u64,
-            name: address_mut(&mut name),
-            ..Default::default()
-        },
-    )?;
-    let name = name.get(..version.name_len as usize).unwrap_or(&name);
-    check!(
-        name == driver,
-        "the driver is {}, not {}: open a node of that driver",
-        name.escape_ascii(),
-        driver.escape_ascii()
-    );
-    Ok(())
 }
 
 fn map_dumb<D: DeviceFile, R: Report>(

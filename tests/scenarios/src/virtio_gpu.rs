@@ -13,8 +13,7 @@ use pvgpu_protocol::family::virtio_gpu::{
     TRANSFER_TO_HOST, TransferFromHost, TransferToHost, WAIT, Wait, param,
 };
 
-use crate::steps::{Failure, Report, Steps, address, address_mut};
-use crate::vgem::expect_driver;
+use crate::steps::{Failure, Report, Steps, address, address_mut, expect_driver};
 use crate::virgl::{Format, Stage, Stream, VertexElement, bind, target};
 use crate::{DeviceFile, Mapping, Picture, check};
 
