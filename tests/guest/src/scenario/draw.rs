@@ -6,7 +6,7 @@ use alloc::rc::Rc;
 use alloc::string::{String, ToString};
 use core::cell::RefCell;
 
-use pvgpu_scenarios::{vgem, virtio_gpu};
+use pvgpu_scenarios::{soft, vgem, virtio_gpu};
 
 use crate::device_file::GuestFile;
 use crate::machine::Machine;
@@ -26,6 +26,7 @@ pub fn run(machine: &Machine) -> Result<(), String> {
         );
     };
     let picture = match driver.as_str() {
+        "soft" => soft::draw(&mut file, &mut report),
         "vgem" => vgem::draw(&mut file, &mut report),
         "virtio_gpu" => virtio_gpu::draw(&mut file, &mut report),
         other => return Err(format!("nothing to draw with the host driver {other}")),

@@ -10,6 +10,7 @@ mod fault;
 mod hello;
 mod interrupts;
 mod memory;
+mod selftest;
 
 /// Something to do.
 #[derive(Debug)]
@@ -43,6 +44,11 @@ pub const ALL: &[Scenario] = &[
         name: "draw",
         about: "draws a picture on the GPU and dumps it",
         run: draw::run,
+    },
+    Scenario {
+        name: "selftest",
+        about: "makes the calls that the GPU's file must refuse",
+        run: selftest::run,
     },
     Scenario {
         name: "memory",
