@@ -30,6 +30,7 @@ pub mod device;
 pub mod driver;
 pub mod drm;
 pub mod session;
+pub mod soft;
 pub mod statistics;
 mod trace;
 mod worker;

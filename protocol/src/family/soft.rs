@@ -90,10 +90,14 @@ pub const STOPS_MAX: u32 = 64;
 pub const POINTS_MAX: u32 = 16_384;
 /// Largest coordinate of a path once it is transformed, either sign.
 pub const COORDINATE_MAX: f32 = 65_536.0;
-/// Most work of one submission. One unit is a byte read or written by `FILL`, `COPY` or `BLIT`, a quarter of a pixel
-/// of a `PATH`'s bounds, or 16 multiplications of a `MATMUL`; each command costs another [`WORK_COMMAND`].
+/// Most work of one submission (`E2BIG`). One unit is a byte read or written by `FILL`, `COPY` or `BLIT`, or 8
+/// multiplications of a `MATMUL`; a `PATH` costs [`WORK_PIXEL`] for each pixel of its bounds, and [`WORK_COMMAND`] for
+/// each of its points in each tile of 4096 by 64 pixels that its bounds cover; each command costs another
+/// [`WORK_COMMAND`].
 pub const WORK_MAX: u64 = 1 << 30;
-/// What each command costs on top, and each point of a path for each 64 rows that the path covers.
+/// Work of a pixel in the bounds of a path.
+pub const WORK_PIXEL: u64 = 32;
+/// Work of a command beyond what it reads and writes.
 pub const WORK_COMMAND: u64 = 256;
 /// Hangs after which a file may no longer submit.
 pub const HANGS_MAX: u64 = 4;
