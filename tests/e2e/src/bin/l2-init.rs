@@ -2,6 +2,7 @@
 //! with the exit code of the command line's `l2.exit=N`. `tests/e2e/src/testbed/boot.rs` reads both.
 
 use std::fs;
+use std::os::fd::AsFd;
 use std::process::ExitCode;
 
 use pvgpu_e2e::{debug_device, syscall};
@@ -46,6 +47,9 @@ fn report_and_end() -> Result<(), String> {
         .split_whitespace()
         .find_map(|word| word.strip_prefix("l2.exit=")?.parse().ok())
         .ok_or("the command line has no l2.exit=N")?;
+    // The VM ends at once; what the serial port has not sent by then is lost.
+    syscall::drain_terminal(std::io::stdout().as_fd())
+        .map_err(|error| format!("cannot drain the console: {error}"))?;
     debug_device::end_vm(address, code)
         .map_err(|error| format!("cannot write to the debug device: {error}"))?;
     Err("the debug device did not end the VM".to_owned())
