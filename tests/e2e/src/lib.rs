@@ -4,6 +4,7 @@
 pub mod debug_device;
 pub mod drm_ioctl;
 pub mod loopback;
+pub mod loopback_file;
 pub mod picture_file;
 pub mod recording;
 pub mod syscall;

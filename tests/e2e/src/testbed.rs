@@ -11,6 +11,7 @@ mod boot;
 mod guest;
 mod kvm;
 mod mini_vmm;
+mod proxy;
 mod vgem;
 mod virtio_gpu;
 
@@ -31,6 +32,7 @@ pub fn tests() -> Vec<&'static Test> {
         kvm::TESTS,
         vgem::TESTS,
         virtio_gpu::TESTS,
+        proxy::TESTS,
         guest::TESTS,
         boot::TESTS,
     ]

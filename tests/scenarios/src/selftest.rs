@@ -6,8 +6,8 @@ use alloc::vec;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::core::{
     GEM_CLOSE, GemClose, PRIME_FD_TO_HANDLE, PRIME_HANDLE_TO_FD, PrimeFdToHandle, PrimeHandleToFd,
-    SYNCOBJ_CREATE, SYNCOBJ_DESTROY, SYNCOBJ_WAIT, SYNCOBJS_MAX, SyncobjCreate, SyncobjDestroy,
-    SyncobjWait, VERSION, VERSION_TEXT_MAX, Version,
+    SYNCOBJ_CREATE, SYNCOBJ_WAIT, SYNCOBJS_MAX, SyncobjCreate, SyncobjWait, VERSION,
+    VERSION_TEXT_MAX, Version,
 };
 use pvgpu_protocol::family::soft::{DRM_IOCTL_SOFT_GEM_CREATE, GemCreate};
 use pvgpu_protocol::family::vgem::{CREATE_DUMB, CreateDumb};
@@ -27,7 +27,15 @@ pub fn run<D: DeviceFile>(file: &mut D, report: &mut impl Report) -> Result<(), 
     })?;
     let mut steps = Steps { file, report };
     unknown(&mut steps)?;
-    reserved(&mut steps)?;
+    steps.refused(
+        "SYNCOBJ_CREATE with an unknown flag",
+        SYNCOBJ_CREATE,
+        SyncobjCreate {
+            flags: 1 << 31,
+            ..Default::default()
+        },
+        Errno::EINVAL,
+    )?;
     pointers(&mut steps)?;
     descriptors(&mut steps)?;
 
@@ -38,6 +46,15 @@ pub fn run<D: DeviceFile>(file: &mut D, report: &mut impl Report) -> Result<(), 
         handle,
         ..Default::default()
     };
+    steps.refused(
+        "PRIME_HANDLE_TO_FD with an unknown flag",
+        PRIME_HANDLE_TO_FD,
+        PrimeHandleToFd {
+            flags: 1 << 4,
+            ..export
+        },
+        Errno::EINVAL,
+    )?;
     let mut second = Steps {
         file: &mut other,
         report: &mut *steps.report,
@@ -105,35 +122,6 @@ fn unknown<D: DeviceFile, R: Report>(steps: &mut Steps<'_, D, R>) -> Result<(), 
         )?;
     }
     Ok(())
-}
-
-/// Flags that are not defined, padding that is not zero.
-fn reserved<D: DeviceFile, R: Report>(steps: &mut Steps<'_, D, R>) -> Result<(), Failure> {
-    steps.refused(
-        "SYNCOBJ_CREATE with an unknown flag",
-        SYNCOBJ_CREATE,
-        SyncobjCreate {
-            flags: 1 << 31,
-            ..Default::default()
-        },
-        Errno::EINVAL,
-    )?;
-    steps.refused(
-        "PRIME_HANDLE_TO_FD with an unknown flag",
-        PRIME_HANDLE_TO_FD,
-        PrimeHandleToFd {
-            handle: 1,
-            flags: 1 << 4,
-            fd: -1,
-        },
-        Errno::EINVAL,
-    )?;
-    steps.refused(
-        "SYNCOBJ_DESTROY with padding",
-        SYNCOBJ_DESTROY,
-        SyncobjDestroy { handle: 1, pad: 1 },
-        Errno::EINVAL,
-    )
 }
 
 /// Arrays that are too long or not there.

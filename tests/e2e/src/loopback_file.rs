@@ -1,0 +1,150 @@
+//! A DRM device file behind guest driver and host proxy, both in this process: everything of pvgpu but the virtqueue
+//! and the VM. The scenarios draw through it in tests that need neither KVM nor a guest.
+#![allow(unsafe_code)]
+
+use std::cell::RefCell;
+use std::io;
+use std::rc::Rc;
+use std::sync::Arc;
+
+use pvgpu_guest_driver::channel::Channel;
+use pvgpu_guest_driver::flat::Flat;
+use pvgpu_guest_driver::session::{Mapping, ObjectId, Session};
+use pvgpu_host_proxy::Limits;
+use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::session::Session as HostSession;
+use pvgpu_protocol::Errno;
+use pvgpu_protocol::wire::{open, protection};
+use pvgpu_scenarios::DeviceFile;
+use zerocopy::{FromBytes, IntoBytes};
+
+use crate::loopback::Loopback;
+
+/// Room for the buffers of every scenario.
+const APERTURE: u64 = 256 << 20;
+
+/// What the files of one guest share.
+struct Guest {
+    session: RefCell<Session<Loopback>>,
+    aperture: Arc<Aperture>,
+}
+
+/// An open file.
+pub struct LoopbackFile {
+    guest: Rc<Guest>,
+    file: ObjectId,
+}
+
+impl LoopbackFile {
+    /// A new guest of that host driver, with one file.
+    pub fn open(driver: Arc<dyn HostDriver>) -> io::Result<Self> {
+        let aperture = Arc::new(Aperture::new(APERTURE)?);
+        let host = HostSession::new(driver, Some(Arc::clone(&aperture)), Limits::default());
+        let session =
+            Session::connect(Loopback::new(host), "loopback").map_err(io::Error::other)?;
+        let guest = Rc::new(Guest {
+            session: RefCell::new(session),
+            aperture,
+        });
+        Self::open_in(&guest).map_err(io::Error::other)
+    }
+
+    fn open_in(guest: &Rc<Guest>) -> Result<Self, Errno> {
+        let file = guest.session.borrow_mut().open(open::RDWR)?;
+        Ok(Self {
+            guest: Rc::clone(guest),
+            file,
+        })
+    }
+}
+
+impl Drop for LoopbackFile {
+    fn drop(&mut self) {
+        // As close(2) in a destructor: nobody is there to hear of an error.
+        let _ = self.guest.session.borrow_mut().close(self.file);
+    }
+}
+
+impl DeviceFile for LoopbackFile {
+    type Mapping = LoopbackMapping;
+
+    fn open_again(&self) -> Result<Self, Errno> {
+        Self::open_in(&self.guest)
+    }
+
+    fn ioctl<T: FromBytes + IntoBytes>(
+        &mut self,
+        command: u32,
+        argument: &mut T,
+    ) -> Result<i32, Errno> {
+        // SAFETY: the scenario's promise (`DeviceFile::ioctl`): its pointers are addresses of memory that it keeps.
+        let mut caller = unsafe { Flat::new() };
+        let address = std::ptr::from_mut(argument).expose_provenance() as u64;
+        let mut session = self.guest.session.borrow_mut();
+        session.ioctl(self.file, command, address, &mut caller)
+    }
+
+    fn map(&mut self, offset: u64, length: usize) -> Result<LoopbackMapping, Errno> {
+        let access = protection::READ | protection::WRITE;
+        let mut session = self.guest.session.borrow_mut();
+        let mapping = session.map(self.file, offset, length as u64, access)?;
+        Ok(LoopbackMapping {
+            guest: Rc::clone(&self.guest),
+            mapping,
+        })
+    }
+
+    fn close_fd(&mut self, fd: i32) -> Result<(), Errno> {
+        self.guest.session.borrow_mut().close(ObjectId(fd))
+    }
+
+    fn now_ns(&self) -> u64 {
+        self.guest.session.borrow_mut().channel().now_ns()
+    }
+}
+
+/// A buffer object in the aperture.
+pub struct LoopbackMapping {
+    guest: Rc<Guest>,
+    mapping: Mapping,
+}
+
+impl LoopbackMapping {
+    /// Address of `length` bytes at `offset`, which must lie inside.
+    fn at(&self, offset: usize, length: usize) -> *mut u8 {
+        let end = offset.checked_add(length).map(|end| end as u64);
+        assert!(
+            end.is_some_and(|end| end <= self.mapping.length),
+            "{length} bytes at {offset} are outside of {:?}",
+            self.mapping
+        );
+        let start = self.guest.aperture.host_address() + self.mapping.aperture_offset;
+        std::ptr::with_exposed_provenance_mut(start as usize + offset)
+    }
+}
+
+impl Drop for LoopbackMapping {
+    fn drop(&mut self) {
+        // As munmap(2) in a destructor: nobody is there to hear of an error.
+        let _ = self.guest.session.borrow_mut().unmap(self.mapping);
+    }
+}
+
+impl pvgpu_scenarios::Mapping for LoopbackMapping {
+    fn len(&self) -> usize {
+        self.mapping.length as usize
+    }
+
+    fn read(&self, offset: usize, bytes: &mut [u8]) {
+        let source = self.at(offset, bytes.len());
+        // SAFETY: `at` has checked the range, which the aperture keeps mapped; `bytes` is not part of it.
+        unsafe { std::ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) }
+    }
+
+    fn write(&mut self, offset: usize, bytes: &[u8]) {
+        let target = self.at(offset, bytes.len());
+        // SAFETY: as in `read`.
+        unsafe { std::ptr::copy_nonoverlapping(bytes.as_ptr(), target, bytes.len()) }
+    }
+}
