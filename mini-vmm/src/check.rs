@@ -5,6 +5,8 @@
 use std::fmt;
 use std::path::{Path, PathBuf};
 
+use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::drm::DrmDriver;
 use serde::Serialize;
 
 use crate::kvm::{self, CAPABILITIES, Machine};
@@ -16,7 +18,25 @@ pub struct Report {
     pub ok: bool,
     /// The hypervisor.
     pub kvm: Kvm,
+    /// The GPU nodes, by name.
+    pub gpus: Vec<Node>,
 }
+
+/// A GPU node, for `--gpu drm:NODE`.
+#[derive(Debug, Serialize)]
+pub struct Node {
+    /// Where it is.
+    pub path: PathBuf,
+    /// Its kernel driver, if a guest can have it.
+    pub driver: Option<String>,
+    /// The driver's version: major, minor, patch level.
+    pub version: Option<[i32; 3]>,
+    /// Why a guest cannot have it, and the remedy.
+    pub problem: Option<String>,
+}
+
+/// Where GPU nodes are.
+pub const GPU_NODES: &str = "/dev/dri";
 
 /// What is known of the hypervisor.
 #[derive(Debug, Serialize)]
@@ -46,13 +66,49 @@ pub struct Offer {
     pub purpose: &'static str,
 }
 
-/// Looks at the host.
-pub fn check(kvm: &Path) -> Report {
+/// Looks at the host: at KVM behind `kvm` and the GPU nodes in the folder `nodes`.
+pub fn check(kvm: &Path, nodes: &Path) -> Report {
     let kvm = check_kvm(kvm);
     Report {
         ok: kvm.problem.is_none(),
         kvm,
+        gpus: check_nodes(nodes),
     }
+}
+
+fn check_nodes(folder: &Path) -> Vec<Node> {
+    let mut paths: Vec<PathBuf> = std::fs::read_dir(folder)
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter(|entry| {
+            let name = entry.file_name();
+            let name = name.to_string_lossy();
+            name.starts_with("card") || name.starts_with("renderD")
+        })
+        .map(|entry| entry.path())
+        .collect();
+    paths.sort();
+    paths
+        .into_iter()
+        .map(|path| match DrmDriver::new(&path) {
+            Ok(driver) => {
+                let identity = driver.identity();
+                Node {
+                    path,
+                    driver: Some(identity.name.clone()),
+                    version: Some(identity.version),
+                    problem: None,
+                }
+            }
+            Err(error) => Node {
+                path,
+                driver: None,
+                version: None,
+                problem: Some(error.to_string()),
+            },
+        })
+        .collect()
 }
 
 fn check_kvm(path: &Path) -> Kvm {
@@ -90,7 +146,35 @@ fn check_kvm(path: &Path) -> Kvm {
 
 impl fmt::Display for Report {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.kvm.fmt(f)
+        self.kvm.fmt(f)?;
+        if self.gpus.is_empty() {
+            writeln!(
+                f,
+                "GPU nodes: none in {GPU_NODES}: use the embedded GPU (--gpu soft) or load a GPU's kernel driver (modprobe vgem is one for tests)"
+            )?;
+        } else {
+            writeln!(f, "GPU nodes:")?;
+        }
+        self.gpus.iter().try_for_each(|node| node.fmt(f))
+    }
+}
+
+impl fmt::Display for Node {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let path = self.path.display();
+        match (&self.problem, &self.driver, self.version) {
+            (None, Some(driver), Some([major, minor, patch])) => {
+                writeln!(
+                    f,
+                    "  {path}: {driver} {major}.{minor}.{patch}, use it with --gpu drm:{path}"
+                )
+            }
+            (problem, ..) => writeln!(
+                f,
+                "  {path}: not usable: {}",
+                problem.as_deref().unwrap_or("unknown")
+            ),
+        }
     }
 }
 
@@ -116,5 +200,44 @@ impl fmt::Display for Kvm {
             Some(khz) => writeln!(f, "  time-stamp counter     {khz} kHz"),
             None => Ok(()),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn each_node_that_is_not_usable_says_why_and_other_files_are_left_out() {
+        let folder = std::env::temp_dir().join(format!("mini-vmm-nodes-{}", std::process::id()));
+        std::fs::create_dir(&folder).unwrap();
+        for name in ["renderD128", "card0", "by-path"] {
+            std::fs::write(folder.join(name), "").unwrap();
+        }
+        let nodes = check_nodes(&folder);
+        std::fs::remove_dir_all(&folder).unwrap();
+        let names: Vec<_> = nodes
+            .iter()
+            .map(|n| n.path.file_name().unwrap().to_owned())
+            .collect();
+        assert_eq!(names, ["card0", "renderD128"]);
+        for node in &nodes {
+            assert!(
+                node.problem.as_ref().unwrap().contains("is not a DRM node"),
+                "{node}"
+            );
+            assert!(node.to_string().contains("not usable"), "{node}");
+        }
+    }
+
+    #[test]
+    fn a_host_without_gpu_nodes_is_told_about_the_embedded_gpu() {
+        let report = check(Path::new("/nonexistent"), Path::new("/nonexistent"));
+        assert!(!report.ok);
+        let text = report.to_string();
+        assert!(
+            text.contains("modprobe kvm-intel") && text.contains("--gpu soft"),
+            "{text}"
+        );
     }
 }

@@ -7,11 +7,15 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::PathBuf;
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use clap::{Args, Parser, Subcommand};
+use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
+use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::drm::DrmDriver;
 use pvgpu_mini_vmm::{
-    Console, DumpTarget, Ending, Vm, VmConfig, VmError, check, kvm, size, terminal,
+    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, size, terminal,
 };
 
 /// Exit status of errors of usage and environment.
@@ -20,6 +24,7 @@ const USAGE: u8 = 2;
 /// A small KVM virtual machine monitor with a paravirtual GPU.
 #[derive(Debug, Parser)]
 #[command(
+    name = "mini-vmm",
     version,
     after_help = "\
 Exit status of 'run': the guest's own exit code (its low eight bits; 255 where these are 0 but the code is not), \
@@ -62,6 +67,19 @@ struct Run {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(pvgpu_mini_vmm::layout::MAX_CPUS)))]
     cpus: u8,
+    /// GPU: 'drm:NODE' (a node of the host, see 'mini-vmm check') or 'none'.
+    #[arg(long, value_name = "GPU", default_value = "none", value_parser = GpuChoice::parse)]
+    gpu: GpuChoice,
+    /// Size of the window in which the guest sees the GPU's memory; 0 for none.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
+    aperture: u64,
+    /// Who handles the GPU's requests: 'inline' the vCPU that makes them (lowest latency of a single one),
+    /// 'worker' a thread for each vCPU (highest throughput).
+    #[arg(long, value_enum, default_value_t = DoorbellChoice::Worker)]
+    doorbell: DoorbellChoice,
+    /// Record every GPU request and its result in this file.
+    #[arg(long, value_name = "FILE")]
+    trace: Option<PathBuf>,
     /// File that the guest's memory dumps replace (see the debug device).
     #[arg(long, value_name = "FILE")]
     dump: Option<PathBuf>,
@@ -71,6 +89,40 @@ struct Run {
     /// KVM device.
     #[arg(long, value_name = "FILE", default_value = kvm::DEVICE)]
     kvm: PathBuf,
+}
+
+/// A value of `--gpu`.
+#[derive(Debug, Clone, PartialEq, Eq)]
+enum GpuChoice {
+    Drm(PathBuf),
+    None,
+}
+
+impl GpuChoice {
+    fn parse(text: &str) -> Result<Self, String> {
+        match text.split_once(':') {
+            Some(("drm", node)) if !node.is_empty() => Ok(Self::Drm(node.into())),
+            None if text == "none" => Ok(Self::None),
+            _ => Err("write drm:NODE (such as drm:/dev/dri/renderD128) or none".into()),
+        }
+    }
+
+    /// The host driver, if there is to be a GPU.
+    fn open(&self) -> Result<Option<Arc<dyn HostDriver>>, String> {
+        Ok(match self {
+            Self::None => None,
+            Self::Drm(node) => Some(Arc::new(
+                DrmDriver::new(node).map_err(|error| error.to_string())?,
+            )),
+        })
+    }
+}
+
+/// A value of `--doorbell`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum DoorbellChoice {
+    Inline,
+    Worker,
 }
 
 #[derive(Debug, Args)]
@@ -85,7 +137,10 @@ struct Check {
 
 fn main() -> ExitCode {
     log_to_stderr();
-    let options = Options::parse();
+    let options = match Options::try_parse() {
+        Ok(options) => options,
+        Err(error) => return usage(&error),
+    };
     let result = match options.command {
         Command::Run(options) => run(options),
         Command::Check(options) => run_check(&options),
@@ -97,6 +152,54 @@ fn main() -> ExitCode {
             ExitCode::from(USAGE)
         }
     }
+}
+
+/// Help and version as they are; an error in one line.
+fn usage(error: &clap::Error) -> ExitCode {
+    if !error.use_stderr() {
+        return match error.print() {
+            Ok(()) => ExitCode::SUCCESS,
+            Err(_) => ExitCode::FAILURE,
+        };
+    }
+    let text = error.to_string();
+    let cause = text.split("\n\n").next().unwrap_or_default();
+    let cause: Vec<&str> = cause.lines().map(str::trim).collect();
+    let cause = cause.join(" ");
+    eprintln!(
+        "mini-vmm: {}; see mini-vmm --help",
+        cause.trim_start_matches("error: ")
+    );
+    ExitCode::from(USAGE)
+}
+
+/// The GPU that the options ask for.
+fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
+    let Some(driver) = options.gpu.open()? else {
+        return Ok(None);
+    };
+    let trace = options.trace.as_ref().map(|path| {
+        File::create(path).map_err(|error| {
+            format!(
+                "cannot write the trace {}: {error}; give a --trace FILE that can be created",
+                path.display()
+            )
+        })
+    });
+    let device = DeviceConfig {
+        request_queues: options.cpus.into(),
+        doorbell: match options.doorbell {
+            DoorbellChoice::Inline => Doorbell::Inline,
+            DoorbellChoice::Worker => Doorbell::Worker,
+        },
+        trace: trace.transpose()?,
+        ..DeviceConfig::default()
+    };
+    Ok(Some(Gpu {
+        driver,
+        aperture: options.aperture,
+        device,
+    }))
 }
 
 fn run(options: Run) -> Result<u8, String> {
@@ -111,6 +214,7 @@ fn run(options: Run) -> Result<u8, String> {
     let input = stdin.as_fd().try_clone_to_owned().ok().map(File::from);
     let is_terminal = io::IsTerminal::is_terminal(&stdin);
     let config = VmConfig {
+        gpu: gpu(&options)?,
         kvm: options.kvm,
         initrd: options.initrd,
         cmdline: options.cmdline,
@@ -149,7 +253,7 @@ fn run(options: Run) -> Result<u8, String> {
 }
 
 fn run_check(options: &Check) -> Result<u8, String> {
-    let report = check::check(&options.kvm);
+    let report = check::check(&options.kvm, check::GPU_NODES.as_ref());
     if options.json {
         println!(
             "{}",

@@ -164,9 +164,21 @@ impl Vm {
         if config.cpus == 0 || config.cpus > layout::MAX_CPUS {
             return Err(VmError::Cpus(config.cpus));
         }
+        // What needs no KVM comes first, so that a wrong file is named even where KVM is missing.
+        let ram = Ram::new(config.memory)?;
+        let entry = boot::load(
+            &ram.map().memory(),
+            boot::Request {
+                kernel: &config.kernel,
+                initrd: config.initrd.as_deref(),
+                cmdline: &config.cmdline,
+                announcements: &announcements(config.gpu.is_some()),
+                cpus: config.cpus,
+            },
+        )?;
+
         let stop = Stop::new().map_err(VmError::host("an event"))?;
         let machine = Machine::new(&config.kvm)?;
-        let ram = Ram::new(config.memory)?;
         for (slot, range) in [layout::slot::RAM_LOW, layout::slot::RAM_HIGH]
             .into_iter()
             .zip(ram.ranges())
@@ -188,7 +200,6 @@ impl Vm {
             doorbells: Vec::new(),
             interrupts: Vec::new(),
         })?;
-        let mut announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
         let mut transport = None;
         if let Some(gpu) = config.gpu {
             let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
@@ -199,12 +210,6 @@ impl Vm {
                 unsafe { machine.add_memory(layout::slot::APERTURE, range)? };
             }
             bus.attach(attached.attachment)?;
-            announcements.push(format!(
-                "virtio_mmio.device={}@{:#x}:{}",
-                size::display(layout::GPU_MMIO_SIZE),
-                layout::GPU_MMIO,
-                layout::GPU_IRQ
-            ));
             transport = Some(attached.transport);
         }
         for device in config.devices {
@@ -213,17 +218,6 @@ impl Vm {
         for device in bus.devices() {
             machine.connect(device)?;
         }
-
-        let entry = boot::load(
-            &ram.map().memory(),
-            boot::Request {
-                kernel: &config.kernel,
-                initrd: config.initrd.as_deref(),
-                cmdline: &config.cmdline,
-                announcements: &announcements,
-                cpus: config.cpus,
-            },
-        )?;
 
         vcpu::install_signal_handler()?;
         let vcpus = (0..config.cpus)
@@ -342,6 +336,20 @@ impl Vm {
     }
 }
 
+/// What tells the guest's kernel where the machine's devices are.
+fn announcements(gpu: bool) -> Vec<String> {
+    let mut announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
+    if gpu {
+        announcements.push(format!(
+            "virtio_mmio.device={}@{:#x}:{}",
+            size::display(layout::GPU_MMIO_SIZE),
+            layout::GPU_MMIO,
+            layout::GPU_IRQ
+        ));
+    }
+    announcements
+}
+
 /// Whether a Linux command line asks for resets by triple fault: `reboot=t`, alone or in a list.
 fn resets_by_triple_fault(cmdline: &str) -> bool {
     cmdline
@@ -353,6 +361,18 @@ fn resets_by_triple_fault(cmdline: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn the_gpu_is_announced_as_linux_expects() {
+        assert_eq!(
+            announcements(true),
+            [
+                "pvgpu.debug=0xd0001000",
+                "virtio_mmio.device=4K@0xd0000000:5"
+            ]
+        );
+        assert_eq!(announcements(false), ["pvgpu.debug=0xd0001000"]);
+    }
 
     #[test]
     fn only_reboot_by_triple_fault_makes_a_triple_fault_a_reset() {

@@ -132,7 +132,10 @@ fn the_guest_learns_the_frequency_of_its_clock_from_cpuid() {
         Ending::Exit { code: 0x10 },
         "largest hypervisor leaf"
     );
-    let khz = check::check(kvm::DEVICE.as_ref()).kvm.tsc_khz.unwrap();
+    let khz = check::check(kvm::DEVICE.as_ref(), "/nonexistent".as_ref())
+        .kvm
+        .tsc_khz
+        .unwrap();
     assert_eq!(outcome.dump.as_deref(), Some(&khz.to_le_bytes()[..]));
 }
 
