@@ -4,7 +4,7 @@
 
 use std::fs::{self, File, OpenOptions};
 use std::io;
-use std::os::fd::AsRawFd;
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd, FromRawFd, OwnedFd};
 use std::path::{Path, PathBuf};
 
 use pvgpu_protocol::Errno;
@@ -190,26 +190,7 @@ impl Node {
 
     /// Maps `length` bytes, readable and writable, from the offset that a MAP ioctl gave.
     pub fn map(&self, offset: u64, length: usize) -> io::Result<Mapping> {
-        let offset = i64::try_from(offset).map_err(io::Error::other)?;
-        // SAFETY: a new shared mapping at an address of the kernel's choice touches no other memory.
-        let address = unsafe {
-            let protection = libc::PROT_READ | libc::PROT_WRITE;
-            libc::mmap(
-                std::ptr::null_mut(),
-                length,
-                protection,
-                libc::MAP_SHARED,
-                self.file.as_raw_fd(),
-                offset,
-            )
-        };
-        if address == libc::MAP_FAILED {
-            return Err(io::Error::last_os_error());
-        }
-        Ok(Mapping {
-            address: address.cast(),
-            length,
-        })
+        Mapping::new(self.file.as_fd(), offset, length)
     }
 
     /// DRM_IOCTL_VIRTGPU_GETPARAM.
@@ -243,6 +224,21 @@ impl Node {
     }
 }
 
+/// DMA_BUF_IOCTL_EXPORT_SYNC_FILE: all fences of a dma-buf as a sync file (`linux/dma-buf.h`).
+pub fn export_sync_file(dma_buf: BorrowedFd<'_>) -> io::Result<OwnedFd> {
+    const EXPORT_SYNC_FILE: libc::c_ulong = 0xc008_6202;
+    const SYNC_READ_WRITE: i32 = 3;
+    // `struct dma_buf_export_sync_file`: flags, then the descriptor that comes out.
+    let mut argument = [SYNC_READ_WRITE, -1];
+    // SAFETY: the kernel reads and writes the 8 bytes that the request's number says.
+    let result = unsafe { libc::ioctl(dma_buf.as_raw_fd(), EXPORT_SYNC_FILE, &raw mut argument) };
+    if result < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the kernel has just made it for us.
+    Ok(unsafe { OwnedFd::from_raw_fd(argument[1]) })
+}
+
 /// A buffer object's memory in this process; unmapped when dropped.
 pub struct Mapping {
     address: *mut u32,
@@ -250,6 +246,30 @@ pub struct Mapping {
 }
 
 impl Mapping {
+    /// Maps `length` bytes at `offset` of a file, shared, readable and writable.
+    pub fn new(fd: BorrowedFd<'_>, offset: u64, length: usize) -> io::Result<Self> {
+        let offset = i64::try_from(offset).map_err(io::Error::other)?;
+        // SAFETY: a new shared mapping at an address of the kernel's choice touches no other memory.
+        let address = unsafe {
+            let protection = libc::PROT_READ | libc::PROT_WRITE;
+            libc::mmap(
+                std::ptr::null_mut(),
+                length,
+                protection,
+                libc::MAP_SHARED,
+                fd.as_raw_fd(),
+                offset,
+            )
+        };
+        if address == libc::MAP_FAILED {
+            return Err(io::Error::last_os_error());
+        }
+        Ok(Mapping {
+            address: address.cast(),
+            length,
+        })
+    }
+
     /// Number of 32-bit words.
     pub fn words(&self) -> usize {
         self.length / 4

@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 mod boot;
+mod drm;
 mod guest;
 mod kvm;
 mod mini_vmm;
@@ -32,6 +33,7 @@ pub fn tests() -> Vec<&'static Test> {
         kvm::TESTS,
         vgem::TESTS,
         virtio_gpu::TESTS,
+        drm::TESTS,
         proxy::TESTS,
         guest::TESTS,
         boot::TESTS,
