@@ -308,7 +308,7 @@ fn pixels(from: f32, to: f32, limit: u32) -> (u32, u32) {
     (from.min(limit), to.min(limit))
 }
 
-/// Builds the path; `None` when it has no extent.
+/// Builds the path; `None` when it is nothing but a start.
 fn build(points: &[[f32; 2]], verbs: &[u8]) -> Result<Option<tiny_skia::Path>, Errno> {
     ensure(verbs.first() == Some(&verb::MOVE))?;
     ensure(points.iter().flatten().all(|value| value.is_finite()))?;
@@ -338,7 +338,11 @@ fn build(points: &[[f32; 2]], verbs: &[u8]) -> Result<Option<tiny_skia::Path>, E
         }
     }
     ensure(points.next().is_none())?;
-    Ok(path.finish())
+    match path.len() {
+        0 | 1 => Ok(None),
+        // The only other reason for no path is that its bounds are no finite rectangle.
+        _ => path.finish().map(Some).ok_or(Errno::EINVAL),
+    }
 }
 
 fn color([red, green, blue, alpha]: [f32; 4]) -> Result<Color, Errno> {

@@ -27,9 +27,18 @@ const PAGE: u64 = 4096;
 /// Longer than any test takes.
 const LONG: i64 = 60_000_000_000;
 
+/// A GPU that does not wait long for a hang to end.
 fn driver() -> SoftDriver {
     driver_with(SoftConfig {
-        watchdog: Duration::from_millis(100),
+        watchdog: Duration::from_millis(250),
+        ..SoftConfig::default()
+    })
+}
+
+/// A GPU whose watchdog stays silent however slow the machine is.
+fn patient_driver() -> SoftDriver {
+    driver_with(SoftConfig {
+        watchdog: Duration::from_secs(60),
         ..SoftConfig::default()
     })
 }

@@ -6,7 +6,7 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Count, Direction, Element, Ioctl, Space, command, rule::*,
+    Allocates, Blocking, Condition, Count, Direction, Element, Ioctl, Space, command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -306,7 +306,11 @@ pub static FAMILY: Family = Family {
             command: DRM_IOCTL_SOFT_WAIT,
             argument: Wait::SCHEMA,
             older_sizes: &[],
-            blocking: Blocking::Always,
+            blocking: Blocking::Unless(&[Condition {
+                field: at!(Wait.deadline_ns),
+                mask: u64::MAX,
+                equals: 0,
+            }]),
             allocates: Allocates::Nothing,
             summary: "Waits for a submission or a buffer object",
         },

@@ -10,7 +10,7 @@ fn pixel(bytes: &[u8], width: u32, x: u32, y: u32) -> [u8; 4] {
 
 #[test]
 fn a_fill_changes_its_rectangle_and_nothing_else() {
-    let driver = driver();
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let buffer = client.create(PAGE);
     let target = Surface {
@@ -42,7 +42,7 @@ fn a_fill_changes_its_rectangle_and_nothing_else() {
 
 #[test]
 fn a_copy_may_overlap_in_either_direction() {
-    let driver = driver();
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let size = 3 << 20; // more than is copied at once
     let buffer = client.create(size);
@@ -74,7 +74,7 @@ fn blit(
     (target, target_part): (&[[u8; 4]], Rectangle),
     (source_width, target_width): (u32, u32),
 ) -> Vec<u8> {
-    let driver = driver();
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let buffers = [client.create(PAGE), client.create(PAGE)];
     client.map(buffers[0]).write(0, source.as_bytes());
@@ -174,7 +174,7 @@ fn draw(
     stops: &[soft::Stop],
     verbs: &[u8],
 ) -> Vec<u8> {
-    let driver = driver();
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let target = path.target;
     let buffer = client.create(u64::from(target.stride) * u64::from(target.height));
@@ -232,7 +232,7 @@ fn a_transform_moves_and_scales_a_path() {
 
 #[test]
 fn a_replacing_path_takes_the_old_pixels_away() {
-    let driver = driver();
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let buffer = client.create(PAGE);
     let target = surface(0, 32, 32);
@@ -413,10 +413,7 @@ impl Numbers {
 
 #[test]
 fn no_path_makes_an_engine_panic_or_run_long() {
-    let driver = driver_with(SoftConfig {
-        watchdog: Duration::from_secs(20),
-        ..SoftConfig::default()
-    });
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let buffer = client.create(64 * PAGE);
     let map = client.map(buffer);
@@ -491,7 +488,7 @@ fn no_path_makes_an_engine_panic_or_run_long() {
 
 /// Multiplies in a buffer of four pages: A, B and C on the first three.
 fn multiply(flags: u16, (m, k, n): (u32, u32, u32), a: &[f32], b: &[f32], c: &[f32]) -> Vec<f32> {
-    let driver = driver();
+    let driver = patient_driver();
     let client = Client::new(&driver);
     let buffer = client.create(4 * PAGE);
     let map = client.map(buffer);
@@ -534,7 +531,7 @@ fn matrices_multiply_and_add_up() {
 
 #[test]
 fn matrices_with_gaps_between_rows_multiply_in_blocks() {
-    let driver = driver_with(SoftConfig::default());
+    let driver = patient_driver();
     let client = Client::new(&driver);
     // Large enough for several blocks of rows; small integers, so that sums are exact.
     let (m, k, n) = (70_u32, 1100_u32, 1000_u32);

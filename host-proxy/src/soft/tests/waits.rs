@@ -187,7 +187,7 @@ fn waiting_for_a_buffer_waits_for_the_submissions_of_all_files() {
 fn a_fence_of_one_file_holds_up_another_file_but_nobody_else() {
     let driver = driver_with(SoftConfig {
         engines: 2,
-        watchdog: Duration::from_millis(100),
+        watchdog: Duration::from_millis(250),
         ..SoftConfig::default()
     });
     let [slow, waiting, third] = [(); 3].map(|()| Client::new(&driver));
