@@ -4,6 +4,8 @@
 //! command streams from the structs below ([`Stream`]), the engine in the host proxy parses them from the same
 //! structs. `docs/soft-gpu.md` describes what each ioctl and command does. Nothing here executes anything.
 
+#![allow(clippy::cast_possible_truncation)] // offsets in structs of a few bytes
+
 use super::Family;
 use crate::schema::{
     Allocates, Blocking, Condition, Count, Direction, Element, Ioctl, Space, command, rule::*,
