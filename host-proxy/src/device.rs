@@ -3,6 +3,64 @@
 //! A VMM owns a [`Device`] and drives it from its transport (virtio-mmio, PCI, vhost-user): it activates the device
 //! with guest memory and queues, forwards doorbells and resets. Everything between a descriptor chain and the session
 //! is here; nothing here knows which hypervisor or transport it is.
+//!
+//! How a VMM uses it:
+//!
+//! ```no_run
+//! use pvgpu_host_proxy::aperture::Aperture;
+//! use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Doorbell, Interrupt};
+//! use pvgpu_host_proxy::drm::DrmDriver;
+//! use std::sync::Arc;
+//! use virtio_queue::Queue;
+//! use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+//! use vmm_sys_util::eventfd::EventFd;
+//!
+//! /// The device's interrupt line: here an eventfd that is an irqfd of the VM.
+//! struct Line(EventFd);
+//!
+//! impl Interrupt for Line {
+//!     fn signal_queue(&self, _queue: u16) {
+//!         let _ = self.0.write(1); // fails only when an interrupt is pending anyway
+//!     }
+//!     fn signal_config(&self) {
+//!         let _ = self.0.write(1);
+//!     }
+//! }
+//!
+//! fn plug_in(
+//!     memory: GuestMemoryAtomic<GuestMemoryMmap>, // all RAM of the guest
+//!     features: u64,                              // those that the guest accepted
+//!     queues: Vec<Queue>,                         // as the guest has set them up
+//!     irqfd: EventFd,
+//! ) -> Result<(), Box<dyn std::error::Error>> {
+//!     // The host addresses of the aperture become one memory slot of the VM, and its guest-physical address the
+//!     // device's shared-memory region 0.
+//!     let aperture = Aperture::new(4 << 30)?;
+//!     let (_slot_address, _slot_size) = (aperture.host_address(), aperture.size());
+//!
+//!     let driver = Arc::new(DrmDriver::new("/dev/dri/renderD128")?);
+//!     let config = DeviceConfig {
+//!         request_queues: 4, // one per vCPU
+//!         doorbell: Doorbell::Worker,
+//!         ..DeviceConfig::default()
+//!     };
+//!     let mut device = Device::new(driver, Some(aperture), config)?;
+//!
+//!     // The transport identifies the device to the guest ...
+//!     let _ = (DEVICE_ID, device.features(), device.queue_max_sizes());
+//!     device.read_config(0, &mut [0; 8]);
+//!     // ... starts it when the guest writes DRIVER_OK ...
+//!     device.activate(memory, features, queues, Arc::new(Line(irqfd)))?;
+//!     // ... and hands doorbells on: as ioeventfds (here), or by a call on each write to QueueNotify.
+//!     match device.doorbell(0) {
+//!         Some(_ioeventfd) => {}
+//!         None => device.notify(0),
+//!     }
+//!     // The guest has reset the device, or is gone. Its memory may be unmapped after this.
+//!     device.reset();
+//!     Ok(())
+//! }
+//! ```
 
 #![deny(
     clippy::unwrap_used,
