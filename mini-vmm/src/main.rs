@@ -14,6 +14,7 @@ use clap::{Args, Parser, Subcommand};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::{
     Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, size, terminal,
 };
@@ -67,8 +68,8 @@ struct Run {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(pvgpu_mini_vmm::layout::MAX_CPUS)))]
     cpus: u8,
-    /// GPU: 'drm:NODE' (a node of the host, see 'mini-vmm check') or 'none'.
-    #[arg(long, value_name = "GPU", default_value = "none", value_parser = GpuChoice::parse)]
+    /// GPU: 'soft' (embedded in this program), 'drm:NODE' (a node of the host, see 'mini-vmm check') or 'none'.
+    #[arg(long, value_name = "GPU", default_value = "soft", value_parser = GpuChoice::parse)]
     gpu: GpuChoice,
     /// Size of the window in which the guest sees the GPU's memory; 0 for none.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
@@ -94,6 +95,7 @@ struct Run {
 /// A value of `--gpu`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum GpuChoice {
+    Soft,
     Drm(PathBuf),
     None,
 }
@@ -102,8 +104,9 @@ impl GpuChoice {
     fn parse(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
             Some(("drm", node)) if !node.is_empty() => Ok(Self::Drm(node.into())),
+            None if text == "soft" => Ok(Self::Soft),
             None if text == "none" => Ok(Self::None),
-            _ => Err("write drm:NODE (such as drm:/dev/dri/renderD128) or none".into()),
+            _ => Err("write soft, drm:NODE (such as drm:/dev/dri/renderD128) or none".into()),
         }
     }
 
@@ -114,6 +117,10 @@ impl GpuChoice {
             Self::Drm(node) => Some(Arc::new(
                 DrmDriver::new(node).map_err(|error| error.to_string())?,
             )),
+            Self::Soft => {
+                let driver = SoftDriver::new(SoftConfig::default());
+                Some(Arc::new(driver.map_err(|error| format!("cannot start the embedded GPU: {error}; check the limits on threads and open files (ulimit -u, ulimit -n)"))?))
+            }
         })
     }
 }

@@ -291,7 +291,7 @@ fn the_guests_exit_code_becomes_the_programs() {
     assert_eq!(output.status.code(), Some(42));
     assert_eq!(
         String::from_utf8_lossy(&output.stdout),
-        "hello pvgpu.debug=0xd0001000\n"
+        "hello pvgpu.debug=0xd0001000 virtio_mmio.device=4K@0xd0000000:5\n"
     );
     assert!(output.stderr.is_empty());
 }
