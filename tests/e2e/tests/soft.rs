@@ -1,0 +1,28 @@
+//! The embedded GPU behind guest driver and host proxy, in one process: the demo's picture without a VM.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use pvgpu_e2e::loopback_file::LoopbackFile;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_scenarios::{selftest, soft};
+
+fn open(config: SoftConfig) -> LoopbackFile {
+    LoopbackFile::open(Arc::new(SoftDriver::new(config).unwrap())).unwrap()
+}
+
+#[test]
+fn the_embedded_gpu_draws_the_demos_picture_and_again_the_same() {
+    let first = soft::draw(&mut open(SoftConfig::default()), &mut |_, _| {}).unwrap();
+    let second = soft::draw(&mut open(SoftConfig::default()), &mut |_, _| {}).unwrap();
+    assert!(first == second, "two GPUs drew different pictures");
+}
+
+#[test]
+fn a_file_on_the_embedded_gpu_refuses_what_it_must_and_survives_a_fault_and_a_hang() {
+    let config = SoftConfig {
+        watchdog: Duration::from_millis(50),
+        ..SoftConfig::default()
+    };
+    selftest::run(&mut open(config), &mut |_, _| {}).unwrap();
+}
