@@ -362,7 +362,12 @@ fn load_initrd(
         error,
     };
     let mut file = File::open(path).map_err(read)?;
-    let length = file.metadata().map_err(read)?.len();
+    let metadata = file.metadata().map_err(read)?;
+    if !metadata.is_file() {
+        // Its length is not known before it has been read.
+        return Err(read(io::Error::other("it is not a regular file")));
+    }
+    let length = metadata.len();
     let first = kernel_end.max(layout::HIGH_MEMORY).next_multiple_of(4096);
     let address = highest
         .checked_sub(length)

@@ -5,7 +5,7 @@
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::AsFd;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::Instant;
@@ -183,7 +183,10 @@ fn usage(error: &clap::Error) -> ExitCode {
 /// The GPU that the options ask for.
 fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
     let Some(driver) = options.gpu.open()? else {
-        return Ok(None);
+        return match options.trace {
+            None => Ok(None),
+            Some(_) => Err("--trace records a GPU's requests, but there is no GPU: leave it out or choose another --gpu".into()),
+        };
     };
     let trace = options.trace.as_ref().map(|path| {
         File::create(path).map_err(|error| {
@@ -209,6 +212,21 @@ fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
     }))
 }
 
+/// Whether the dump file can be written, which a guest would find out only at its end.
+fn check_dump(path: &Path) -> Result<(), String> {
+    let file = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(path);
+    file.map(drop).map_err(|error| {
+        format!(
+            "cannot write the dump {}: {error}; give a --dump FILE that can be created",
+            path.display()
+        )
+    })
+}
+
 fn run(options: Run) -> Result<u8, String> {
     let watch = |error| format!("cannot watch for signals: {error}");
     let signals = terminal::Signals::block().map_err(watch)?;
@@ -220,6 +238,7 @@ fn run(options: Run) -> Result<u8, String> {
     let stdin = io::stdin();
     let input = stdin.as_fd().try_clone_to_owned().ok().map(File::from);
     let is_terminal = io::IsTerminal::is_terminal(&stdin);
+    options.dump.as_deref().map_or(Ok(()), check_dump)?;
     let config = VmConfig {
         gpu: gpu(&options)?,
         kvm: options.kvm,

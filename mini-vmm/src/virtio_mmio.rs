@@ -167,6 +167,7 @@ pub struct VirtioMmio<D> {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     shared_memory: Option<SharedMemory>,
     notifications: AtomicU64,
+    warned: AtomicBool,
 }
 
 fn set_low(value: &mut u64, low: u32) {
@@ -205,6 +206,7 @@ impl<D: Backend> VirtioMmio<D> {
             memory,
             shared_memory,
             notifications: AtomicU64::new(0),
+            warned: AtomicBool::new(false),
         }
     }
 
@@ -317,7 +319,10 @@ impl<D: Backend> VirtioMmio<D> {
         if added & DRIVER_OK != 0 && negotiated {
             registers.status |= DRIVER_OK;
             if let Err(reason) = self.activate(&registers) {
-                log::warn!("the guest's driver cannot start the GPU: {reason}");
+                // Once: a guest may try as often as it likes.
+                if !self.warned.swap(true, Ordering::Relaxed) {
+                    log::warn!("the guest's driver cannot start the GPU: {reason}");
+                }
                 registers.status |= NEEDS_RESET;
                 drop(registers);
                 self.line.signal_config();

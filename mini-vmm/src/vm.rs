@@ -363,6 +363,14 @@ mod tests {
     use super::*;
 
     #[test]
+    fn a_machine_can_be_made_on_one_thread_and_run_on_another() {
+        fn is_send<T: Send>() {}
+        is_send::<VmConfig>();
+        is_send::<Vm>();
+        is_send::<Outcome>();
+    }
+
+    #[test]
     fn the_gpu_is_announced_as_linux_expects() {
         assert_eq!(
             announcements(true),

@@ -153,6 +153,10 @@ fn an_initrd_that_is_missing_or_does_not_fit_is_named() {
         &run(kernel.path(), &["--initrd", "/nonexistent"]),
         &["initrd /nonexistent", "check the path"],
     );
+    refused(
+        &run(kernel.path(), &["--initrd", "/dev/null"]),
+        &["initrd /dev/null", "not a regular file"],
+    );
     let initrd = TempFile::new(&vec![0; 4 << 20]);
     let path = initrd.path().to_str().unwrap();
     refused(
@@ -193,6 +197,42 @@ fn a_gpu_that_cannot_be_opened_is_named() {
         refused(
             &run(kernel.path(), &["--gpu", value]),
             &["--gpu", "drm:NODE"],
+        );
+    }
+}
+
+#[test]
+fn a_trace_that_cannot_be_written_is_refused() {
+    let kernel = kernel(kernels::endless());
+    refused(
+        &run(kernel.path(), &["--trace", "/nonexistent/trace"]),
+        &["trace /nonexistent/trace", "No such file", "--trace FILE"],
+    );
+    refused(
+        &run(kernel.path(), &["--gpu", "none", "--trace", "/dev/null"]),
+        &["--trace", "there is no GPU"],
+    );
+}
+
+#[test]
+fn a_dump_file_that_cannot_be_written_is_refused_before_the_guest_runs() {
+    let kernel = kernel(kernels::endless());
+    refused(
+        &run(kernel.path(), &["--dump", "/nonexistent/dump"]),
+        &["dump /nonexistent/dump", "No such file", "--dump FILE"],
+    );
+}
+
+#[test]
+fn an_aperture_that_cannot_be_is_refused() {
+    if !with_kvm() {
+        return;
+    }
+    let kernel = kernel(kernels::endless());
+    for size in ["4097", "16777215T"] {
+        refused(
+            &run(kernel.path(), &["--aperture", size]),
+            &["aperture of", "--aperture"],
         );
     }
 }
