@@ -12,6 +12,7 @@ mod drm;
 mod guest;
 mod kvm;
 mod mini_vmm;
+mod pictures;
 mod proxy;
 mod vgem;
 mod virtio_gpu;
@@ -36,6 +37,7 @@ pub fn tests() -> Vec<&'static Test> {
         drm::TESTS,
         proxy::TESTS,
         guest::TESTS,
+        pictures::TESTS,
         boot::TESTS,
     ]
     .into_iter()

@@ -2,6 +2,7 @@
 
 use std::fs::File;
 use std::process::{Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Failure;
@@ -35,8 +36,10 @@ fn tail(output: &str) -> String {
 
 /// Runs `mini-vmm run` with `arguments`; it is killed after `limit`, which is a failure.
 pub fn run(arguments: &[&str], limit: Duration) -> Result<Ended, Failure> {
-    // A file, not a pipe: nobody has to read it while the guest runs.
-    let path = std::env::temp_dir().join("mini-vmm.log");
+    // A file of its own, not a pipe: nobody has to read it while the guest runs.
+    static RUNS: AtomicU32 = AtomicU32::new(0);
+    let number = RUNS.fetch_add(1, Ordering::Relaxed);
+    let path = std::env::temp_dir().join(format!("mini-vmm-{number}.log"));
     let log = File::create(&path)?;
     let mut process = Command::new("/bin/mini-vmm")
         .arg("run")
