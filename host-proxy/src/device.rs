@@ -210,6 +210,8 @@ struct RequestQueue {
     trace: Option<Arc<Trace>>,
     /// Set at reset: guest memory is no longer the device's.
     closing: Arc<AtomicBool>,
+    /// The guest has not set the queue up, or has broken its ring: left alone until the next activation.
+    ignored: AtomicBool,
 }
 
 impl Device {
@@ -298,6 +300,7 @@ impl Device {
             .take(requests)
             .map(|(index, mut queue)| {
                 queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+                let ignored = AtomicBool::new(!queue.ready());
                 Arc::new(RequestQueue {
                     index,
                     memory: memory.clone(),
@@ -306,6 +309,7 @@ impl Device {
                     counters: Arc::clone(&self.counters),
                     trace: self.trace.clone(),
                     closing: Arc::clone(&closing),
+                    ignored,
                 })
             })
             .collect();
@@ -341,12 +345,12 @@ impl Device {
 
     /// The guest has rung the doorbell of that queue.
     pub fn notify(&self, queue: u16) {
-        self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
         if let Some(eventfd) = self.doorbell(queue) {
-            // It fails only when the counter is full, and then the thread wakes anyway.
+            // It fails only when the counter is full, and then the thread wakes anyway, and counts.
             let _ = eventfd.write(1);
             return;
         }
+        self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
         let Some(active) = &self.active else { return };
         if let Some(queue) = active.queues.get(usize::from(queue)) {
             queue.drain(&active.session);
@@ -444,11 +448,33 @@ impl RequestQueue {
 
     /// Asks the guest for doorbells, or not to ring any. Returns whether requests are there already.
     fn set_notification(&self, enable: bool) -> bool {
+        if self.ignored.load(Ordering::Relaxed) {
+            return false;
+        }
         let memory = self.memory.memory();
         let mut queue = self.lock();
         match enable {
             true => queue.enable_notification(&*memory).unwrap_or(false),
             false => queue.disable_notification(&*memory).is_err(),
+        }
+    }
+
+    /// How many requests are there now; `None` when the guest says that there are more than its ring can hold.
+    fn available(&self, memory: &GuestMemoryMmap) -> Option<u16> {
+        let queue = self.lock();
+        let end = queue.avail_idx(memory, Ordering::Acquire).ok()?;
+        let available = end.0.wrapping_sub(queue.next_avail());
+        (available <= queue.size()).then_some(available)
+    }
+
+    /// Leaves a queue alone whose ring makes no sense: its requests could never be told apart again.
+    fn ignore(&self) {
+        if !self.ignored.swap(true, Ordering::Relaxed) {
+            self.counters.malformed.fetch_add(1, Ordering::Relaxed);
+            log::warn!(
+                "queue {}: the guest has broken its ring, so it is ignored until the guest resets the device",
+                self.index
+            );
         }
     }
 
@@ -459,12 +485,18 @@ impl RequestQueue {
         let limit = usize::try_from(session.limits().message).unwrap_or(usize::MAX);
         let mut used = false;
         let mut found = false;
-        // Not in the head of the loop, where the lock would be held for all of it.
-        let size = self.lock().size();
-        for _ in 0..size {
+        if self.ignored.load(Ordering::Relaxed) {
+            return false;
+        }
+        let Some(available) = self.available(&memory) else {
+            self.ignore();
+            return false;
+        };
+        for _ in 0..available {
             if self.closing.load(Ordering::Acquire) {
                 return false;
             }
+            // Another vCPU may have taken the last ones meanwhile.
             let Some(chain) = self.lock().pop_descriptor_chain(memory.clone()) else {
                 break;
             };
@@ -526,7 +558,11 @@ impl RequestQueue {
 
     fn add_used(&self, memory: &GuestMemoryMmap, head: u16, length: u32) {
         let mut queue = self.lock();
-        if !self.closing.load(Ordering::Acquire) && queue.add_used(memory, head, length).is_err() {
+        if self.closing.load(Ordering::Acquire) {
+            return;
+        }
+        // The guest may name a head that is no descriptor; the queue would log each of them.
+        if head >= queue.size() || queue.add_used(memory, head, length).is_err() {
             self.counters.malformed.fetch_add(1, Ordering::Relaxed);
         }
     }

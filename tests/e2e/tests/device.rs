@@ -353,3 +353,43 @@ fn the_configuration_space_says_what_it_is_and_ends_in_zeros() {
     machine.device.read_config(u64::MAX, &mut bytes);
     assert_eq!(bytes, [0; 4]);
 }
+
+#[test]
+fn an_impossible_available_index_holds_up_neither_a_vcpu_nor_the_reset() {
+    for doorbell in [Doorbell::Inline, Doorbell::Worker] {
+        let mut machine = Machine::new(doorbell);
+        machine.store(AVAILABLE + 2, QUEUE_SIZE + 1);
+        let (done, ended) = std::sync::mpsc::channel();
+        let guest = std::thread::spawn(move || {
+            machine.ring();
+            machine.ring();
+            std::thread::sleep(Duration::from_millis(20));
+            machine.device.reset();
+            done.send(machine.device.statistics()).unwrap();
+        });
+        let statistics = ended.recv_timeout(Duration::from_secs(10));
+        let malformed = statistics.map(|statistics| statistics.malformed);
+        assert_eq!(malformed, Ok(1), "{doorbell:?}");
+        guest.join().unwrap();
+    }
+}
+
+#[test]
+fn a_doorbell_of_a_queue_that_the_guest_has_not_set_up_does_nothing() {
+    let mut machine = Machine::new(Doorbell::Inline);
+    machine.device.reset();
+    machine.store(0, u64::MAX);
+    let queues = vec![
+        Queue::new(QUEUE_SIZE).unwrap(),
+        Queue::new(QUEUE_SIZE).unwrap(),
+    ];
+    let interrupts = Arc::clone(&machine.interrupts) as Arc<dyn Interrupt>;
+    machine
+        .device
+        .activate(machine.memory.clone(), VERSION_1, queues, interrupts)
+        .unwrap();
+    machine.ring();
+    let memory = machine.memory.memory();
+    let untouched: u64 = memory.load(GuestAddress(0), Ordering::SeqCst).unwrap();
+    assert_eq!(untouched, u64::MAX);
+}
