@@ -1,6 +1,7 @@
 //! End-to-end tests of pvgpu: what they share. The programs of `src/bin` use it, on this machine and
 //! inside the testbed (`cargo xtask testbed`). Nothing here is part of what pvgpu offers to its users.
 
+pub mod bench;
 pub mod debug_device;
 pub mod drm_ioctl;
 pub mod loopback;

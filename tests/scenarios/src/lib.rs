@@ -7,6 +7,7 @@
 //!   one, [`landscape`] with [`outline`] those of the last one.
 //! - [`selftest`]: calls that must fail.
 //! - [`picture`]: what a scenario returns.
+//! - [`bench`]: the registers with which the benchmark measures its floors.
 //!
 //! Nothing here knows which side it runs on, and nothing here is part of what pvgpu offers to its users.
 
@@ -15,6 +16,7 @@
 
 extern crate alloc;
 
+pub mod bench;
 pub mod device;
 pub mod landscape;
 pub mod outline;

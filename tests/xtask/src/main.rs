@@ -5,6 +5,7 @@ use std::process::ExitCode;
 
 use clap::{Parser, Subcommand};
 
+mod bench;
 mod command;
 mod docs;
 mod lock_file;
@@ -23,6 +24,8 @@ struct Arguments {
 /// One entry per task; the task's file holds its arguments and its `run`.
 #[derive(Subcommand)]
 enum Task {
+    /// Measure round trips and bandwidths in a guest, each beside its floor
+    Bench(bench::Arguments),
     /// Run the end-to-end tests inside a virtual machine with real GPU drivers and nested KVM
     Testbed(testbed::Arguments),
     /// Write the pages of docs/ that are made from the tables
@@ -33,6 +36,7 @@ enum Task {
 
 fn main() -> ExitCode {
     match Arguments::parse().task {
+        Task::Bench(arguments) => bench::run(&arguments),
         Task::Testbed(arguments) => testbed::run(&arguments),
         Task::Docs(arguments) => docs::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),

@@ -48,6 +48,12 @@ pub const NATIVE: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Measures in a guest.
+pub const BENCH: Program = Program {
+    name: "bench",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// The VMM.
 pub const MINI_VMM: Program = Program {
     name: "mini-vmm",

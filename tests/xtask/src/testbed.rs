@@ -14,7 +14,7 @@ use clap::Args;
 
 use crate::command::CommandError;
 use crate::programs::{self, BuildError};
-use machine::{Ended, Machine};
+pub use machine::{Ended, Machine};
 use report::Report;
 
 mod initramfs;

@@ -4,6 +4,7 @@ use alloc::string::String;
 
 use crate::machine::Machine;
 
+mod bench;
 mod device;
 mod draw;
 mod fault;
@@ -59,6 +60,11 @@ pub const ALL: &[Scenario] = &[
         name: "fault",
         about: "breaks as fault= says; the exit code tells how",
         run: fault::run,
+    },
+    Scenario {
+        name: "bench",
+        about: "measures what measure= says",
+        run: bench::run,
     },
 ];
 

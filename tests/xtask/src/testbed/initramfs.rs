@@ -18,6 +18,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::L1_TESTS,
     programs::L2_INIT,
     programs::NATIVE,
+    programs::BENCH,
     programs::MINI_VMM,
     programs::TEST_GUEST,
 ];
