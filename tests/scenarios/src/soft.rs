@@ -1,6 +1,6 @@
 //! The scenario of `soft`, the embedded GPU: the demo's picture, drawn twice into two buffers, the second time behind
-//! the first by a syncobj; shared with a second file by PRIME; a matrix product checked against the CPU's. [`breaks`]
-//! is the other side: what the GPU does with commands that fault or hang.
+//! the first by a syncobj; shared with a second file by PRIME; a chain of matrix products, behind each other by fence
+//! file descriptors, checked against the CPU's. [`breaks`] is the other side: what the GPU does with commands that fault or hang.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -8,14 +8,15 @@ use alloc::vec::Vec;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::core::{
     GEM_CLOSE, GemClose, PRIME_FD_TO_HANDLE, PRIME_HANDLE_TO_FD, PrimeFdToHandle, PrimeHandleToFd,
-    SYNCOBJ_CREATE, SYNCOBJ_DESTROY, SYNCOBJ_WAIT, SyncobjCreate, SyncobjDestroy, SyncobjWait,
-    prime, syncobj,
+    SYNCOBJ_CREATE, SYNCOBJ_DESTROY, SYNCOBJ_FD_TO_HANDLE, SYNCOBJ_WAIT, SyncobjCreate,
+    SyncobjDestroy, SyncobjFdToHandle, SyncobjWait, prime, syncobj,
 };
 use pvgpu_protocol::family::soft::{
-    COMMAND_SET, DRM_IOCTL_SOFT_GEM_CREATE, DRM_IOCTL_SOFT_GEM_INFO, DRM_IOCTL_SOFT_GEM_MMAP,
-    DRM_IOCTL_SOFT_GET_RESET_STATS, DRM_IOCTL_SOFT_GETPARAM, DRM_IOCTL_SOFT_SUBMIT,
-    DRM_IOCTL_SOFT_WAIT, GemCreate, GemInfo, GemMmap, GetParam, GetResetStats, Hang, MatMul,
-    Matrix, Store, Stream, Submit, Sync, Wait, feature, param,
+    COMMAND_SET, CopyBytes, DRM_IOCTL_SOFT_GEM_CREATE, DRM_IOCTL_SOFT_GEM_INFO,
+    DRM_IOCTL_SOFT_GEM_MMAP, DRM_IOCTL_SOFT_GET_RESET_STATS, DRM_IOCTL_SOFT_GETPARAM,
+    DRM_IOCTL_SOFT_SUBMIT, DRM_IOCTL_SOFT_WAIT, GemCreate, GemInfo, GemMmap, GetParam,
+    GetResetStats, Hang, MATMUL_ACCUMULATE, MatMul, Matrix, SUBMIT_FENCE_FD_IN,
+    SUBMIT_FENCE_FD_OUT, Store, Stream, Submit, Sync, Wait, feature, param,
 };
 use zerocopy::IntoBytes;
 
@@ -87,12 +88,8 @@ pub fn draw<D: DeviceFile>(file: &mut D, report: &mut impl Report) -> Result<Pic
     drop(mapping);
     multiply(&mut gpu)?;
 
-    for handle in [drawn, repeated] {
-        gpu.ioctl(
-            "SYNCOBJ_DESTROY",
-            SYNCOBJ_DESTROY,
-            SyncobjDestroy { handle, pad: 0 },
-        )?;
+    for syncobj in [drawn, repeated] {
+        destroy_syncobj(&mut gpu, syncobj)?;
     }
     for buffer in [first, second] {
         close(&mut gpu, &buffer)?;
@@ -102,7 +99,11 @@ pub fn draw<D: DeviceFile>(file: &mut D, report: &mut impl Report) -> Result<Pic
 
 /// What the GPU is: it must have all that the scenario uses.
 fn ask<D: DeviceFile, R: Report>(gpu: &mut Gpu<'_, D, R>) -> Result<(), Failure> {
-    const NEEDED: u64 = feature::SYNCOBJ | feature::COPY_ENGINE | feature::PATH | feature::MATMUL;
+    const NEEDED: u64 = feature::FENCE_FD
+        | feature::SYNCOBJ
+        | feature::COPY_ENGINE
+        | feature::PATH
+        | feature::MATMUL;
     let set = parameter(gpu, "GETPARAM COMMAND_SET", param::COMMAND_SET)?;
     let features = parameter(gpu, "GETPARAM FEATURES", param::FEATURES)?;
     let free = parameter(gpu, "GETPARAM MEMORY_FREE", param::MEMORY_FREE)?;
@@ -191,6 +192,15 @@ fn new_syncobj<D: DeviceFile, R: Report>(gpu: &mut Gpu<'_, D, R>) -> Result<u32,
     Ok(made.handle)
 }
 
+fn destroy_syncobj<D: DeviceFile, R: Report>(
+    gpu: &mut Gpu<'_, D, R>,
+    handle: u32,
+) -> Result<(), Failure> {
+    let destroy = SyncobjDestroy { handle, pad: 0 };
+    gpu.ioctl("SYNCOBJ_DESTROY", SYNCOBJ_DESTROY, destroy)?;
+    Ok(())
+}
+
 /// Queues commands and gives the submission's number.
 fn submit<D: DeviceFile, R: Report>(
     gpu: &mut Gpu<'_, D, R>,
@@ -212,18 +222,50 @@ fn submit<D: DeviceFile, R: Report>(
         "SUBMIT",
         DRM_IOCTL_SOFT_SUBMIT,
         Submit {
-            commands: address(commands),
-            buffers: address(handles.as_bytes()),
             in_syncs: address(after.as_bytes()),
             out_syncs: address(signals.as_bytes()),
-            commands_size: commands.len() as u32,
-            buffer_count: handles.len() as u32,
             in_sync_count: after.len() as u32,
             out_sync_count: signals.len() as u32,
-            ..Default::default()
+            ..submission(commands, &handles)
         },
     )?;
     Ok(submitted.seqno)
+}
+
+/// Queues commands behind that fence, if there is one, and asks for theirs.
+fn submit_fenced<D: DeviceFile, R: Report>(
+    gpu: &mut Gpu<'_, D, R>,
+    commands: &[u8],
+    buffers: &[&Buffer],
+    after: Option<i32>,
+) -> Result<Submit, Failure> {
+    let handles: Vec<u32> = buffers.iter().map(|buffer| buffer.handle).collect();
+    let fence_in = after.map_or(0, |_| SUBMIT_FENCE_FD_IN);
+    let submitted = gpu.ioctl(
+        "SUBMIT with fences",
+        DRM_IOCTL_SOFT_SUBMIT,
+        Submit {
+            flags: SUBMIT_FENCE_FD_OUT | fence_in,
+            fence_fd: after.unwrap_or(-1),
+            ..submission(commands, &handles)
+        },
+    )?;
+    check!(
+        submitted.fence_fd >= 0,
+        "SUBMIT gave the fence file descriptor {}",
+        submitted.fence_fd
+    );
+    Ok(submitted)
+}
+
+fn submission(commands: &[u8], handles: &[u32]) -> Submit {
+    Submit {
+        commands: address(commands),
+        buffers: address(handles.as_bytes()),
+        commands_size: commands.len() as u32,
+        buffer_count: handles.len() as u32,
+        ..Default::default()
+    }
 }
 
 fn wait_syncobj<D: DeviceFile, R: Report>(
@@ -349,55 +391,92 @@ fn examine(picture: &Picture) -> Result<(), Failure> {
     Ok(())
 }
 
-/// Multiplies two matrices of small whole numbers: every sum is exact, in whatever order it is made.
+/// Multiplies two matrices of small whole numbers: every sum is exact, in whatever order it is made. Three submissions,
+/// each behind the fence of the one before: the product, the product once more on top, a copy of the result.
 fn multiply<D: DeviceFile, R: Report>(gpu: &mut Gpu<'_, D, R>) -> Result<(), Failure> {
     let [m, k, n] = PRODUCT;
     let number = |index: usize, seed: usize| ((index * 37 + seed) % 17) as f32 - 8.0;
     let a: Vec<f32> = (0..m * k).map(|index| number(index, 5)).collect();
     let b: Vec<f32> = (0..k * n).map(|index| number(index, 11)).collect();
-    let offsets = [0, m * k * 4, (m * k + k * n) * 4];
-    let buffer = create(gpu, (m * k + k * n + m * n) * 4)?;
-    let mut mapping = map(gpu, &buffer)?;
-    mapping.write(offsets[0], a.as_bytes());
-    mapping.write(offsets[1], b.as_bytes());
+    let (from_b, from_c) = (m * k * 4, (m * k + k * n) * 4);
+    let factors = create(gpu, from_c + m * n * 4)?;
+    let copy = create(gpu, m * n * 4)?;
+    let mut mapping = map(gpu, &factors)?;
+    mapping.write(0, a.as_bytes());
+    mapping.write(from_b, b.as_bytes());
 
     let matrix = |offset: usize, columns: usize| Matrix {
         buffer: 0,
         stride: columns as u32 * 4,
         offset: offset as u64,
     };
-    let command = MatMul {
-        a: matrix(offsets[0], k),
-        b: matrix(offsets[1], n),
-        c: matrix(offsets[2], n),
+    let product = MatMul {
+        a: matrix(0, k),
+        b: matrix(from_b, n),
+        c: matrix(from_c, n),
         m: m as u32,
         k: k as u32,
         n: n as u32,
         ..Default::default()
     };
-    let seqno = submit(
-        gpu,
-        &stream(|stream| stream.push(0, &command))?,
-        &[&buffer],
-        &[],
-        &[],
-    )?;
-    finished(gpu, seqno)?;
-    let mut product = vec![0f32; m * n];
-    gpu.call("read the product", |_| {
-        mapping.read(offsets[2], product.as_mut_bytes());
+    let copied = CopyBytes {
+        source: 0,
+        target: 1,
+        source_offset: from_c as u64,
+        length: (m * n * 4) as u64,
+        ..Default::default()
+    };
+    let chain = [
+        stream(|stream| stream.push(0, &product))?,
+        stream(|stream| stream.push(MATMUL_ACCUMULATE, &product))?,
+        stream(|stream| stream.push(0, &copied))?,
+    ];
+    let (mut fence, mut last) = (None, 0);
+    for commands in &chain {
+        let submitted = submit_fenced(gpu, commands, &[&factors, &copy], fence)?;
+        if let Some(fence) = fence.replace(submitted.fence_fd) {
+            gpu.call("close the fence", |file| file.close_fd(fence))?;
+        }
+        last = submitted.seqno;
+    }
+    // The last fence becomes a syncobj's: what Vulkan drivers do to wait for a fence of somebody else.
+    let syncobj = new_syncobj(gpu)?;
+    if let Some(fd) = fence {
+        let import = SyncobjFdToHandle {
+            handle: syncobj,
+            flags: syncobj::IMPORT_SYNC_FILE,
+            fd,
+            pad: 0,
+        };
+        gpu.ioctl(
+            "SYNCOBJ_FD_TO_HANDLE of a fence",
+            SYNCOBJ_FD_TO_HANDLE,
+            import,
+        )?;
+        gpu.call("close the fence", |file| file.close_fd(fd))?;
+    }
+    wait_syncobj(gpu, "SYNCOBJ_WAIT for the products", syncobj)?;
+    finished(gpu, last)?;
+
+    let copy_mapping = map(gpu, &copy)?;
+    let mut result = vec![0f32; m * n];
+    gpu.call("read the products", |_| {
+        copy_mapping.read(0, result.as_mut_bytes());
         Ok(())
     })?;
-    for (index, found) in product.iter().enumerate() {
+    for (index, found) in result.iter().enumerate() {
         let (row, column) = (index / n, index % n);
         let sum: f32 = (0..k).map(|i| a[row * k + i] * b[i * n + column]).sum();
         check!(
-            *found == sum,
-            "the product's row {row}, column {column} is {found}, not {sum}"
+            *found == 2.0 * sum,
+            "twice the product's row {row}, column {column} is {found}, not {}",
+            2.0 * sum
         );
     }
-    drop(mapping);
-    close(gpu, &buffer)
+    drop((mapping, copy_mapping));
+    destroy_syncobj(gpu, syncobj)?;
+    close(gpu, &copy)?;
+    close(gpu, &factors)
 }
 
 /// A short command stream.

@@ -1,6 +1,6 @@
 //! The scenario of `virtio_gpu` with 3D, on its render node: what Mesa's driver does at start and for one frame.
-//! Asks for parameters and capabilities, makes a vertex buffer and a render target, uploads vertices, submits a
-//! command stream that clears and draws, downloads the picture and checks it.
+//! Asks for parameters and capabilities, makes a vertex buffer and a render target, uploads vertices, submits two
+//! command streams that clear and draw, downloads the picture and checks it.
 
 use alloc::vec;
 use alloc::vec::Vec;
@@ -10,7 +10,7 @@ use pvgpu_protocol::family::core::{GEM_CLOSE, GemClose};
 use pvgpu_protocol::family::virtio_gpu::{
     Box3d, EXECBUFFER, Execbuffer, GET_CAPS, GETPARAM, GetCaps, GetParam, MAP, Map,
     RESOURCE_CREATE, RESOURCE_INFO, ResourceCreate, ResourceInfo, TRANSFER_FROM_HOST,
-    TRANSFER_TO_HOST, TransferFromHost, TransferToHost, WAIT, Wait, param,
+    TRANSFER_TO_HOST, TransferFromHost, TransferToHost, WAIT, Wait, exec, param,
 };
 
 use crate::steps::{Failure, Report, Steps, address, address_mut, expect_driver};
@@ -33,6 +33,8 @@ const SKY: [Colour; 3] = [
     [0xb8, 0x47, 0x76, 0xff],
     [0xff, 0xb8, 0x6c, 0xff],
 ];
+/// Vertices of the sky: two bands of two triangles.
+const SKY_VERTICES: u32 = 12;
 const PETALS: usize = 12;
 /// How far the petals reach, the whole height being 2.
 const PETAL_TIP: f32 = 0.82;
@@ -147,20 +149,23 @@ pub fn draw<D: DeviceFile>(file: &mut D, report: &mut impl Report) -> Result<Pic
         },
     )?;
 
-    let commands = commands(&buffer, &texture, vertices.len() as u32);
-    let handles = [buffer.bo_handle, texture.bo_handle].map(u32::to_le_bytes);
-    steps.ioctl(
-        "EXECBUFFER",
-        EXECBUFFER,
-        Execbuffer {
-            size: commands.len() as u32,
-            command: address(&commands),
-            bo_handles: address(handles.as_flattened()),
-            num_bo_handles: handles.len() as u32,
-            fence_fd: -1,
-            ..Default::default()
-        },
+    // Two submissions, the second behind a fence of the first.
+    let resources = [&buffer, &texture];
+    let fence = submit(
+        &mut steps,
+        "EXECBUFFER with a fence out",
+        &background(&buffer, &texture),
+        resources,
+        None,
     )?;
+    let fence = submit(
+        &mut steps,
+        "EXECBUFFER with a fence in and out",
+        &petals(vertices.len() as u32),
+        resources,
+        Some(fence),
+    )?;
+    steps.call("close the last fence", |file| file.close_fd(fence))?;
     let finished = Wait {
         handle: texture.bo_handle,
         flags: 0,
@@ -306,8 +311,42 @@ fn map<D: DeviceFile, R: Report>(
     steps.map("mmap", map.offset, length.next_multiple_of(4096))
 }
 
-/// The command stream: state, one clear, one draw.
-fn commands(buffer: &ResourceCreate, texture: &ResourceCreate, vertices: u32) -> Vec<u8> {
+/// Submits commands and gives their fence. With a fence, waits for that one first and closes it.
+fn submit<D: DeviceFile, R: Report>(
+    steps: &mut Steps<'_, D, R>,
+    step: &'static str,
+    commands: &[u8],
+    resources: [&ResourceCreate; 2],
+    after: Option<i32>,
+) -> Result<i32, Failure> {
+    let handles = resources.map(|resource| resource.bo_handle.to_le_bytes());
+    let fence_in = after.map_or(0, |_| exec::FENCE_FD_IN);
+    let submitted = steps.ioctl(
+        step,
+        EXECBUFFER,
+        Execbuffer {
+            flags: exec::FENCE_FD_OUT | fence_in,
+            size: commands.len() as u32,
+            command: address(commands),
+            bo_handles: address(handles.as_flattened()),
+            num_bo_handles: handles.len() as u32,
+            fence_fd: after.unwrap_or(-1),
+            ..Default::default()
+        },
+    )?;
+    check!(
+        submitted.fence_fd >= 0,
+        "{step} gave file descriptor {}",
+        submitted.fence_fd
+    );
+    if let Some(fence) = after {
+        steps.call("close the fence", |file| file.close_fd(fence))?;
+    }
+    Ok(submitted.fence_fd)
+}
+
+/// The first commands: all state, the clear, the sky.
+fn background(buffer: &ResourceCreate, texture: &ResourceCreate) -> Vec<u8> {
     let mut stream = Stream::new();
     stream.create_surface(1, texture.res_handle, Format::R8G8B8A8Unorm);
     stream.set_framebuffer(1);
@@ -330,7 +369,14 @@ fn commands(buffer: &ResourceCreate, texture: &ResourceCreate, vertices: u32) ->
     ];
     stream.vertex_elements(7, &elements);
     stream.set_vertex_buffer(buffer.res_handle, VERTEX_SIZE);
-    stream.draw_triangles(0, vertices);
+    stream.draw_triangles(0, SKY_VERTICES);
+    stream.bytes()
+}
+
+/// The second commands: the rest of the vertices, with the same state.
+fn petals(vertices: u32) -> Vec<u8> {
+    let mut stream = Stream::new();
+    stream.draw_triangles(SKY_VERTICES, vertices - SKY_VERTICES);
     stream.bytes()
 }
 
