@@ -92,7 +92,7 @@ pub(super) struct Buffer {
     share: Share,
     /// Where the device file maps it; no other buffer of the device ever has the same.
     offset: u64,
-    /// The submissions that use it and may not be finished.
+    /// The last submission of each file that uses it, unless that is finished.
     fences: Mutex<Vec<Arc<Fence>>>,
 }
 
@@ -149,14 +149,14 @@ impl Buffer {
         }
     }
 
-    /// Adds a submission that uses it.
+    /// Adds a submission that uses it, in place of the one before it on the same timeline.
     pub(super) fn add_fence(&self, fence: &Arc<Fence>) {
         let mut fences = lock(&self.fences);
-        fences.retain(|fence| !fence.is_signaled());
+        fences.retain(|other| !other.is_signaled() && other.timeline() != fence.timeline());
         fences.push(fence.clone());
     }
 
-    /// The submissions that are not finished.
+    /// The last submission of each file that uses it, unless that is finished.
     pub(super) fn fences(&self) -> Vec<Arc<Fence>> {
         let mut fences = lock(&self.fences);
         fences.retain(|fence| !fence.is_signaled());

@@ -16,8 +16,12 @@ use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use std::{io, thread};
 
-/// Most bytes of command streams that one queue may hold (`EAGAIN`).
-const QUEUED_BYTES_MAX: usize = 16 << 20;
+/// Most bytes that the jobs of one queue may take (`EAGAIN`).
+const QUEUE_BYTES_MAX: usize = 16 << 20;
+/// Most bytes that the jobs of all queues may take (`EAGAIN`).
+const DEVICE_BYTES_MAX: usize = 256 << 20;
+/// What a job takes beyond its commands: lists of buffers and fences.
+const JOB_BYTES: usize = 4096;
 /// How many of the last submissions of a queue can be waited for by number with their result.
 const RECENT: usize = 2 * QUEUE_MAX as usize;
 
@@ -25,12 +29,20 @@ const RECENT: usize = 2 * QUEUE_MAX as usize;
 pub(super) struct Job {
     /// What to execute.
     pub(super) commands: Vec<Command>,
-    /// Bytes of the stream that the commands came from.
+    /// Bytes of the stream that the commands came from: what they take beyond their own size.
     pub(super) length: usize,
     /// What it uses; kept alive until it is finished.
     pub(super) buffers: Vec<Arc<Buffer>>,
     /// What it waits for.
     pub(super) waits: Vec<Arc<Fence>>,
+}
+
+impl Job {
+    /// Bytes of this process's memory that it takes, about.
+    fn bytes(&self) -> usize {
+        let commands = self.commands.capacity() * size_of::<Command>();
+        commands.saturating_add(self.length) + JOB_BYTES
+    }
 }
 
 /// Why a submission was stopped.
@@ -94,14 +106,27 @@ struct State {
     /// Queues whose next job can start, in the order of their turns.
     ready: VecDeque<u64>,
     last_queue: u64,
+    /// Bytes of all jobs that have not started.
+    bytes: usize,
     resets: u64,
     stopping: bool,
 }
 
+/// Jobs that have not started, with their fences.
+type Jobs = VecDeque<(Job, Arc<Fence>)>;
+
+impl State {
+    /// Removes a queue, whose jobs are then to be cancelled.
+    fn remove(&mut self, id: u64) -> Option<Jobs> {
+        let queue = self.queues.remove(&id)?;
+        self.bytes = self.bytes.saturating_sub(queue.bytes);
+        Some(queue.jobs)
+    }
+}
+
 struct Queue {
-    /// Jobs that have not started, with their fences.
-    jobs: VecDeque<(Job, Arc<Fence>)>,
-    /// Bytes of their streams.
+    jobs: Jobs,
+    /// Bytes that they take.
     bytes: usize,
     /// Whether an engine executes a job, or the queue is in [`State::ready`].
     taken: bool,
@@ -183,23 +208,28 @@ impl Scheduler {
                 return;
             }
             state.ready.retain(|ready| *ready != id);
-            state.queues.remove(&id)
+            state.remove(id)
         };
-        cancel(dropped.map(|queue| queue.jobs));
+        cancel(dropped);
     }
 
     /// Adds a job to a queue and gives its number and fence: `EAGAIN` when the queue is full, `EIO` when it is banned.
     pub(super) fn submit(&self, id: u64, job: Job) -> Result<(u64, Arc<Fence>), Errno> {
         let mut state = lock(&self.state);
+        let state = &mut *state;
         let queue = state.queues.get_mut(&id).ok_or(Errno::ENODEV)?;
         if queue.hangs >= HANGS_MAX {
             return Err(Errno::EIO);
         }
-        let bytes = queue.bytes.saturating_add(job.length);
-        if queue.jobs.len() >= QUEUE_MAX as usize || bytes > QUEUED_BYTES_MAX {
+        let bytes = job.bytes();
+        if queue.jobs.len() >= QUEUE_MAX as usize
+            || queue.bytes + bytes > QUEUE_BYTES_MAX
+            || state.bytes + bytes > DEVICE_BYTES_MAX
+        {
             return Err(Errno::EAGAIN);
         }
-        queue.bytes = bytes;
+        queue.bytes += bytes;
+        state.bytes += bytes;
         queue.seqno += 1;
         let seqno = queue.seqno;
         let fence = Fence::pending(id, seqno);
@@ -212,7 +242,7 @@ impl Scheduler {
         }
         queue.jobs.push_back((job, fence.clone()));
         if queue.jobs.len() == 1 {
-            self.consider(&mut state, id);
+            self.consider(state, id);
         }
         Ok((seqno, fence))
     }
@@ -286,11 +316,13 @@ impl Scheduler {
                 queue.taken = false;
                 continue;
             };
-            queue.bytes = queue.bytes.saturating_sub(job.length);
+            let bytes = job.bytes();
+            queue.bytes = queue.bytes.saturating_sub(bytes);
             let progress = Progress {
                 deadline: Instant::now() + self.watchdog,
                 closed: queue.closed.clone(),
             };
+            state.bytes = state.bytes.saturating_sub(bytes);
             drop(state);
             let ended = execute(&job.commands, &progress);
             drop(job);
@@ -323,16 +355,18 @@ impl Scheduler {
     }
 
     /// Puts a queue back after a job. When it was closed meanwhile or is banned now, all its jobs are to be dropped.
-    fn finish(&self, id: u64) -> Option<VecDeque<(Job, Arc<Fence>)>> {
+    fn finish(&self, id: u64) -> Option<Jobs> {
         let mut state = lock(&self.state);
         let queue = state.queues.get_mut(&id)?;
         queue.taken = false;
         if queue.closed.load(Ordering::Relaxed) {
-            return state.queues.remove(&id).map(|queue| queue.jobs);
+            return state.remove(id);
         }
         if queue.hangs >= HANGS_MAX {
-            queue.bytes = 0;
-            return Some(std::mem::take(&mut queue.jobs));
+            let bytes = std::mem::take(&mut queue.bytes);
+            let jobs = std::mem::take(&mut queue.jobs);
+            state.bytes = state.bytes.saturating_sub(bytes);
+            return Some(jobs);
         }
         self.consider(&mut state, id);
         None
@@ -340,7 +374,7 @@ impl Scheduler {
 }
 
 /// Cancels jobs that will never start.
-fn cancel(jobs: Option<VecDeque<(Job, Arc<Fence>)>>) {
+fn cancel(jobs: Option<Jobs>) {
     for (job, fence) in jobs.into_iter().flatten() {
         drop(job);
         fence.signal(Err(Errno::ECANCELED));

@@ -131,6 +131,11 @@ impl Fence {
         }
     }
 
+    /// The timeline it is on.
+    pub(super) fn timeline(&self) -> u64 {
+        self.timeline
+    }
+
     /// How it ended, if it is signaled.
     pub(super) fn status(&self) -> Option<Status> {
         self.status.get().copied()

@@ -9,8 +9,8 @@ use super::engine::{Progress, Stop};
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
-/// Multiplications between two questions whether to go on: some milliseconds.
-const BLOCK: u64 = 1 << 26;
+/// Multiplications between two questions whether to go on: some ten milliseconds.
+const BLOCK: u64 = 1 << 29;
 
 /// A matrix of `f32` that lies in its buffer.
 pub(super) struct Matrix {

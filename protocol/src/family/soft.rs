@@ -149,7 +149,7 @@ uapi_struct! {
         flags: u32 = [flags(0)],
         /// Its size in bytes: whole pages.
         size: u64 = [OUTPUT],
-        /// Submissions of all files that use it and are not finished.
+        /// How many files have unfinished submissions that use it.
         busy: u32 = [OUTPUT],
         /// Must be zero.
         pad: u32 = [ZERO],
@@ -217,7 +217,7 @@ uapi_struct! {
 pub const WAIT_BUFFER: u32 = 1 << 0;
 
 uapi_struct! {
-    /// Waits for a submission of this file, or for all submissions of any file that use a buffer object.
+    /// Waits for a submission of this file, or for all submissions of all files that use a buffer object.
     pub struct Wait = "drm_soft_wait" {
         /// The submission; zero with [`WAIT_BUFFER`].
         seqno: u64 = [ZERO.when(at!(flags), WAIT_BUFFER as u64, WAIT_BUFFER as u64), VALUE],
@@ -230,7 +230,8 @@ uapi_struct! {
         ],
         /// [`WAIT_BUFFER`].
         flags: u32 = [flags(WAIT_BUFFER as u64)],
-        /// How it ended: zero, or the negative errno of a submission that failed.
+        /// How it ended: zero, or the negative errno of a submission that failed. With [`WAIT_BUFFER`], only the last
+        /// submission of each file counts, and only if it was unfinished when the call began.
         error: i32 = [OUTPUT],
         /// Must be zero.
         pad: u32 = [ZERO],

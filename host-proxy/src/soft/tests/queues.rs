@@ -25,7 +25,8 @@ fn a_submission_does_not_wait_for_its_execution() {
     let buffer = client.create(PAGE);
     let seqnos = [(); 3].map(|()| client.submit(&hang(), &[buffer]).unwrap());
     assert_eq!(seqnos, [1, 2, 3]);
-    assert_eq!(client.info(buffer).busy, 3);
+    assert_eq!(client.info(buffer).busy, 1);
+    assert_eq!(client.wait_for(1, 0), Err(Errno::ETIME));
 }
 
 #[test]
@@ -122,6 +123,28 @@ fn a_full_queue_says_so_and_takes_more_when_there_is_room() {
     client.wait(first);
     client.wait(u64::from(submitted) + 1);
     assert_eq!(client.wait(client.submit(&[], &[]).unwrap()), 0);
+}
+
+#[test]
+fn a_queue_holds_only_so_many_bytes_of_commands() {
+    let driver = driver();
+    let client = Client::new(&driver);
+    let many = stream(|stream| while stream.push(0, &Hang::default()).is_ok() {});
+    assert_eq!(many.len(), COMMANDS_SIZE_MAX as usize);
+    let first = client.submit(&many, &[]).unwrap();
+    let mut submitted = 0;
+    while client.submit(&many, &[]).is_ok() {
+        submitted += 1;
+    }
+    assert_eq!(client.submit(&many, &[]), Err(Errno::EAGAIN));
+    assert!(submitted < 16, "{submitted}");
+    assert_eq!(client.wait(first), -Errno::EIO.number());
+    client.wait(first + submitted);
+    // What was dropped or executed takes no room any more.
+    let next = Client::new(&driver);
+    for _ in 0..submitted {
+        next.submit(&many, &[]).unwrap();
+    }
 }
 
 #[test]
