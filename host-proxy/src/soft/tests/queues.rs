@@ -101,50 +101,78 @@ fn a_file_that_hangs_too_often_is_banned_and_another_is_not() {
     assert_eq!(innocent.wait(innocent.submit(&[], &[]).unwrap()), 0);
 }
 
+/// Two files: the second one's first submission, of these commands, waits until the first one is dropped.
+fn stuck_queue(driver: &SoftDriver, stream: &[u8]) -> (Client, Client) {
+    let (slow, client) = (Client::new(driver), Client::new(driver));
+    let fence = client.receive(submit_with_fence(&slow, &hang(), &[]));
+    client
+        .submit_all(stream, &[], [&[], &[]], (SUBMIT_FENCE_FD_IN, fence))
+        .unwrap();
+    (slow, client)
+}
+
 #[test]
 fn a_full_queue_says_so_and_takes_more_when_there_is_room() {
-    let driver = driver();
-    let client = Client::new(&driver);
+    let driver = patient_driver();
+    let (slow, client) = stuck_queue(&driver, &[]);
     assert_eq!(client.param(param::QUEUE_MAX), u64::from(QUEUE_MAX));
-    // One hangs on the engine, the others wait.
-    let first = client.submit(&hang(), &[]).unwrap();
-    let mut submitted = 0;
-    let error = loop {
-        match client.submit(&[], &[]) {
-            Ok(_) => submitted += 1,
-            Err(error) => break error,
-        }
-    };
-    assert_eq!(error, Errno::EAGAIN);
-    assert!(
-        [QUEUE_MAX, QUEUE_MAX - 1].contains(&submitted),
-        "{submitted}"
-    );
-    client.wait(first);
-    client.wait(u64::from(submitted) + 1);
-    assert_eq!(client.wait(client.submit(&[], &[]).unwrap()), 0);
+    for _ in 1..QUEUE_MAX {
+        client.submit(&[], &[]).unwrap();
+    }
+    assert_eq!(client.submit(&[], &[]), Err(Errno::EAGAIN));
+    drop(slow);
+    assert_eq!(client.wait(QUEUE_MAX.into()), 0);
+    assert_eq!(client.submit(&[], &[]), Ok(u64::from(QUEUE_MAX) + 1));
 }
 
 #[test]
 fn a_queue_holds_only_so_many_bytes_of_commands() {
-    let driver = driver();
+    let driver = patient_driver();
+    // Commands that are done at once, but as many as a stream can hold.
+    let many = stream(|stream| while stream.push(0, &store(0, 0, 1)).is_ok() {});
+    let fill = |client: &Client, buffer| {
+        let mut submitted = 0;
+        while client.submit(&many, &[buffer]).is_ok() {
+            submitted += 1;
+        }
+        assert_eq!(client.submit(&many, &[buffer]), Err(Errno::EAGAIN));
+        submitted
+    };
+    let (slow, client) = stuck_queue(&driver, &[]);
+    let buffer = client.create(PAGE);
+    let submitted = fill(&client, buffer);
+    assert!((1..16).contains(&submitted), "{submitted}");
+    // What was executed takes no room any more.
+    drop(slow);
+    assert_eq!(client.wait(1 + submitted), 0);
+    let (_slow, next) = stuck_queue(&driver, &[]);
+    let buffer = next.create(PAGE);
+    assert_eq!(fill(&next, buffer), submitted);
+}
+
+#[test]
+fn all_queues_together_hold_only_so_many_bytes_of_commands() {
+    let driver = patient_driver();
+    let many = stream(|stream| while stream.push(0, &store(0, 0, 1)).is_ok() {});
+    let mut clients = Vec::new();
+    let mut submitted = Vec::new();
+    for _ in 0..20 {
+        let (slow, client) = stuck_queue(&driver, &[]);
+        let buffer = client.create(PAGE);
+        let mut count = 0;
+        while client.submit(&many, &[buffer]).is_ok() {
+            count += 1;
+        }
+        submitted.push(count);
+        clients.push((slow, client));
+    }
+    assert!(submitted[0] > 0, "the first have room");
+    assert_eq!(submitted[19], 0, "the last have none");
+    // What was dropped takes no room any more.
+    clients.clear();
     let client = Client::new(&driver);
-    let many = stream(|stream| while stream.push(0, &Hang::default()).is_ok() {});
-    assert_eq!(many.len(), COMMANDS_SIZE_MAX as usize);
-    let first = client.submit(&many, &[]).unwrap();
-    let mut submitted = 0;
-    while client.submit(&many, &[]).is_ok() {
-        submitted += 1;
-    }
-    assert_eq!(client.submit(&many, &[]), Err(Errno::EAGAIN));
-    assert!(submitted < 16, "{submitted}");
-    assert_eq!(client.wait(first), -Errno::EIO.number());
-    client.wait(first + submitted);
-    // What was dropped or executed takes no room any more.
-    let next = Client::new(&driver);
-    for _ in 0..submitted {
-        next.submit(&many, &[]).unwrap();
-    }
+    let buffer = client.create(PAGE);
+    assert_eq!(client.wait(client.submit(&many, &[buffer]).unwrap()), 0);
 }
 
 #[test]
