@@ -53,6 +53,10 @@ pub struct Arguments {
     #[arg(long)]
     json: bool,
 
+    /// Debian's package of L1's kernel, such as linux-image-6.12-amd64
+    #[arg(long, value_name = "PACKAGE", default_value = KERNEL, value_parser = package)]
+    kernel: String,
+
     /// End the machine after this many seconds, counted from its start
     #[arg(
         long,
@@ -73,6 +77,17 @@ fn filter(text: &str) -> Result<String, String> {
         Ok(text.to_owned())
     } else {
         Err("test names are made of letters, digits and underscores".to_owned())
+    }
+}
+
+/// The name of a package of Debian, which apt must not take for an option.
+fn package(text: &str) -> Result<String, String> {
+    let allowed =
+        |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || b"+-.".contains(&byte);
+    if text.starts_with(|first: char| first.is_ascii_alphanumeric()) && text.bytes().all(allowed) {
+        Ok(text.to_owned())
+    } else {
+        Err("that is no name of a Debian package".to_owned())
     }
 }
 
@@ -113,10 +128,8 @@ pub enum Error {
     )]
     NotDebian(&'static str),
     /// apt does not know the kernel package.
-    #[error(
-        "apt knows no package linux-image-amd64: run `apt-get update` as root, then this command again"
-    )]
-    NoKernelPackage,
+    #[error("apt knows no package {0}: run `apt-get update` as root, then this command again")]
+    NoKernelPackage(String),
     /// The kernel image is not what this program can take apart.
     #[error("{path} cannot be used: {reason}; delete {cache} and try again", cache = path.parent().unwrap_or(path).display())]
     Kernel {
@@ -175,7 +188,7 @@ fn progress(text: std::fmt::Arguments) {
 
 /// Runs the task; everything that goes wrong is one line on standard error.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    let code = prepare().and_then(|machine| {
+    let code = prepare_with(&arguments.kernel).and_then(|machine| {
         if arguments.shell {
             progress(format_args!(
                 "{} in L1; Ctrl-A x ends the machine",
@@ -198,8 +211,16 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     )
 }
 
+/// Debian's package of the kernel that L1 runs unless told otherwise.
+const KERNEL: &str = "linux-image-amd64";
+
 /// Everything up to a machine that can be started, with the programs as they are now.
 pub fn prepare() -> Result<Machine, Error> {
+    prepare_with(KERNEL)
+}
+
+/// As [`prepare`], with the kernel of another package.
+fn prepare_with(kernel: &str) -> Result<Machine, Error> {
     let cache = programs::target_directory()?.join("testbed");
     fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
     // Two runs at once share the cache: one prepares it at a time.
@@ -208,7 +229,7 @@ pub fn prepare() -> Result<Machine, Error> {
     lock.lock().map_err(file_error("lock", &lock_path))?;
 
     packages::install_missing()?;
-    let kernel = kernel::fetch(&cache)?;
+    let kernel = kernel::fetch(&cache, kernel)?;
     progress(format_args!("building the programs for L1"));
     let programs = programs::build(initramfs::PROGRAMS)?;
     let initramfs = cache.join("initramfs.cpio");

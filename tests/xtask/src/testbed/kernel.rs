@@ -1,7 +1,7 @@
 //! Debian's kernel for L1 and L2, taken out of its package: the bzImage, the ELF file inside it, and the
 //! modules of [`MODULES`]. Cached by the package's version. It is never installed on this machine.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs;
 use std::io::Write;
 use std::path::{Path, PathBuf};
@@ -32,9 +32,9 @@ pub struct Kernel {
     pub modules: Vec<(PathBuf, String)>,
 }
 
-/// Gives the kernel that apt has to offer, from the cache where it is already there.
-pub fn fetch(cache: &Path) -> Result<Kernel, Error> {
-    let (package, version) = candidate()?;
+/// Gives the kernel behind the package `meta` of those that apt has to offer, from the cache where it is already there.
+pub fn fetch(cache: &Path, meta: &str) -> Result<Kernel, Error> {
+    let (package, version) = candidate(meta)?;
     let folder = cache.join(format!("{package}_{version}"));
     if !is_complete(&folder) {
         // A folder of the final name is complete: it is made under another name first.
@@ -53,6 +53,7 @@ pub fn fetch(cache: &Path) -> Result<Kernel, Error> {
         bzimage: folder.join("bzImage"),
         modules: modules
             .lines()
+            .filter(|line| !line.starts_with(BUILT_IN))
             .map(|line| line.split_once(' ').unwrap_or((line, "")))
             .map(|(file, parameters)| (folder.join("modules").join(file), parameters.to_owned()))
             .collect(),
@@ -62,25 +63,27 @@ pub fn fetch(cache: &Path) -> Result<Kernel, Error> {
 /// Whether `folder` was extracted, with the modules and parameters that are wanted today.
 fn is_complete(folder: &Path) -> bool {
     fs::read_to_string(folder.join("modules/order")).is_ok_and(|order| {
-        MODULES
-            .iter()
-            .all(|module| order.lines().any(|line| line == order_line(module)))
+        MODULES.iter().all(|module| {
+            order.lines().any(|line| {
+                line == order_line(module) || line.strip_prefix(BUILT_IN) == Some(module.0)
+            })
+        })
     })
 }
+
+/// Starts a line of the file `order` that names a module which is part of the kernel itself.
+const BUILT_IN: &str = "# built in: ";
 
 /// A module in the file `order`: its file name and its parameters.
 fn order_line((name, parameters): &(&str, &str)) -> String {
     format!("{name}.ko {parameters}").trim_end().to_owned()
 }
 
-/// The name and version of the package behind `linux-image-amd64`.
-fn candidate() -> Result<(String, String), Error> {
+/// The name and version of the package behind `meta`, such as `linux-image-amd64`.
+fn candidate(meta: &str) -> Result<(String, String), Error> {
     let known = || {
-        let shown = command::text(Command::new("apt-cache").args([
-            "show",
-            "--no-all-versions",
-            "linux-image-amd64",
-        ]));
+        let shown =
+            command::text(Command::new("apt-cache").args(["show", "--no-all-versions", meta]));
         dependency(&shown.ok()?)
     };
     if let Some(found) = known() {
@@ -89,7 +92,7 @@ fn candidate() -> Result<(String, String), Error> {
     if packages::is_root() {
         packages::update_lists()?;
     }
-    known().ok_or(Error::NoKernelPackage)
+    known().ok_or_else(|| Error::NoKernelPackage(meta.to_owned()))
 }
 
 /// Reads `Depends: linux-image-6.1.0-56-amd64 (= 6.1.192-2)`.
@@ -131,7 +134,7 @@ fn extract(package: &str, version: &str, folder: &Path) -> Result<(), Error> {
     let archive = files_below(folder)?
         .into_iter()
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .ok_or(Error::NoKernelPackage)?;
+        .ok_or_else(|| Error::NoKernelPackage(package.to_owned()))?;
     let tree = folder.join("package");
     command::capture(
         Command::new("dpkg-deb")
@@ -148,7 +151,7 @@ fn extract(package: &str, version: &str, folder: &Path) -> Result<(), Error> {
             path.file_name()
                 .is_some_and(|name| name.to_string_lossy().starts_with("vmlinuz-"))
         })
-        .ok_or(Error::NoKernelPackage)?;
+        .ok_or_else(|| Error::NoKernelPackage(package.to_owned()))?;
     let bzimage = folder.join("bzImage");
     fs::rename(shipped, &bzimage).map_err(file_error("move", &bzimage))?;
     let vmlinux = folder.join("vmlinux");
@@ -165,9 +168,27 @@ fn extract_modules(files: &[PathBuf], folder: &Path) -> Result<(), Error> {
         .iter()
         .filter_map(|path| Some((module_name(path)?, path)))
         .collect();
+    let built_in = files
+        .iter()
+        .find(|path| {
+            path.file_name()
+                .is_some_and(|name| name == "modules.builtin")
+        })
+        .map(|path| fs::read_to_string(path).map_err(file_error("read", path)))
+        .transpose()?
+        .unwrap_or_default();
+    let built_in: HashSet<String> = built_in
+        .lines()
+        .filter_map(|line| module_name(Path::new(line)))
+        .collect();
     let mut order: Vec<String> = Vec::new();
+    let mut lines = String::new();
     for (name, _) in MODULES {
-        place_module(name, &by_name, folder, &mut order)?;
+        if built_in.contains(*name) {
+            lines += &format!("{BUILT_IN}{name}\n");
+        } else {
+            place_module(name, &by_name, folder, &mut order)?;
+        }
     }
     let parameters = |name: &str| {
         MODULES
@@ -175,10 +196,11 @@ fn extract_modules(files: &[PathBuf], folder: &Path) -> Result<(), Error> {
             .find(|(wanted, _)| *wanted == name)
             .map_or("", |module| module.1)
     };
-    let lines: String = order
-        .iter()
-        .map(|name| order_line(&(name, parameters(name))) + "\n")
-        .collect();
+    lines.extend(
+        order
+            .iter()
+            .map(|name| order_line(&(name, parameters(name))) + "\n"),
+    );
     let list = folder.join("order");
     fs::write(&list, lines).map_err(file_error("write", &list))
 }
