@@ -81,13 +81,13 @@ use crate::aperture::Aperture;
 use crate::descriptor::{Writable, copy_in};
 use crate::driver::HostDriver;
 use crate::session::{RESPONSE_HEADER, Response, Session};
-use crate::statistics::Statistics;
+use crate::statistics::{Counters, Statistics};
 use crate::trace::Trace;
 use pvgpu_protocol::control::Limits;
 use pvgpu_protocol::wire::{CONFIG_MAGIC, ConfigSpace, VERSION};
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, AtomicU64, Ordering, fence};
+use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
@@ -182,14 +182,6 @@ pub struct Device {
     eventfds: Vec<EventFd>,
     counters: Arc<Counters>,
     active: Option<Active>,
-}
-
-#[derive(Default)]
-struct Counters {
-    doorbells: AtomicU64,
-    interrupts: AtomicU64,
-    completed: AtomicU64,
-    malformed: AtomicU64,
 }
 
 /// What exists between activation and reset.
@@ -313,7 +305,12 @@ impl Device {
                 })
             })
             .collect();
-        let session = Session::new(Arc::clone(&self.driver), self.aperture.clone(), self.limits);
+        let session = Session::with_counters(
+            Arc::clone(&self.driver),
+            self.aperture.clone(),
+            self.limits,
+            Arc::clone(&self.counters),
+        );
         // From here on, dropping `active` undoes everything.
         let mut active = Active {
             session: Arc::new(session),
@@ -376,17 +373,8 @@ impl Device {
 
     /// What the device has counted since it was made, and what its session uses now.
     pub fn statistics(&self) -> Statistics {
-        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
-        let session = self.active.as_ref().map(|active| &active.session);
-        Statistics {
-            doorbells: load(&self.counters.doorbells),
-            interrupts: load(&self.counters.interrupts),
-            completed: load(&self.counters.completed),
-            malformed: load(&self.counters.malformed),
-            rejected: session.map_or(0, |session| load(&session.counters().rejected)),
-            operations: session.map_or_else(Vec::new, |session| session.counters().operations()),
-            usage: session.map(|session| session.usage()),
-        }
+        let usage = self.active.as_ref().map(|active| active.session.usage());
+        self.counters.read(usage)
     }
 }
 

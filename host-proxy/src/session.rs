@@ -44,7 +44,7 @@ struct Shared {
     limits: Limits,
     state: Mutex<State>,
     workers: Workers,
-    counters: Counters,
+    counters: Arc<Counters>,
 }
 
 #[derive(Default)]
@@ -193,24 +193,29 @@ impl Session {
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
     ) -> Self {
+        Self::with_counters(driver, aperture, limits, Arc::default())
+    }
+
+    /// As [`Session::new`], counting into `counters`.
+    pub(crate) fn with_counters(
+        driver: Arc<dyn HostDriver>,
+        aperture: Option<Arc<Aperture>>,
+        limits: Limits,
+        counters: Arc<Counters>,
+    ) -> Self {
         Self(Arc::new(Shared {
             driver,
             aperture,
             limits,
             state: Mutex::default(),
             workers: Workers::default(),
-            counters: Counters::default(),
+            counters,
         }))
     }
 
     /// What this guest may use.
     pub fn limits(&self) -> &Limits {
         &self.0.limits
-    }
-
-    /// What the session counts.
-    pub fn counters(&self) -> &Counters {
-        &self.0.counters
     }
 
     /// What the session uses now.

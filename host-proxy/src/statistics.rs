@@ -5,12 +5,15 @@ use pvgpu_protocol::wire::Operation;
 use serde::Serialize;
 use std::sync::atomic::{AtomicU64, Ordering};
 
-/// Counters of one session; they only grow.
+/// Counters of a device and its sessions; they only grow.
 #[derive(Default)]
-pub struct Counters {
+pub(crate) struct Counters {
+    pub(crate) doorbells: AtomicU64,
+    pub(crate) interrupts: AtomicU64,
+    pub(crate) completed: AtomicU64,
+    pub(crate) rejected: AtomicU64,
+    pub(crate) malformed: AtomicU64,
     operations: [AtomicU64; OPERATIONS],
-    /// Requests answered with an errno before any host driver was asked.
-    pub rejected: AtomicU64,
 }
 
 const OPERATIONS: usize = 10;
@@ -22,15 +25,22 @@ impl Counters {
         }
     }
 
-    /// How many requests there were of each operation, by its name.
-    pub fn operations(&self) -> Vec<(&'static str, u64)> {
-        (0..)
-            .zip(&self.operations)
-            .filter_map(|(number, counter)| {
-                let name = Operation::from_number(number)?.name();
-                Some((name, counter.load(Ordering::Relaxed)))
-            })
-            .collect()
+    /// What they say now, beside what a session uses.
+    pub(crate) fn read(&self, usage: Option<Usage>) -> Statistics {
+        let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        let operations = (0..).zip(&self.operations).filter_map(|(number, counter)| {
+            let name = Operation::from_number(number)?.name();
+            Some((name, load(counter)))
+        });
+        Statistics {
+            doorbells: load(&self.doorbells),
+            interrupts: load(&self.interrupts),
+            completed: load(&self.completed),
+            rejected: load(&self.rejected),
+            malformed: load(&self.malformed),
+            operations: operations.collect(),
+            usage,
+        }
     }
 }
 

@@ -363,7 +363,10 @@ fn an_impossible_available_index_holds_up_neither_a_vcpu_nor_the_reset() {
         let guest = std::thread::spawn(move || {
             machine.ring();
             machine.ring();
-            std::thread::sleep(Duration::from_millis(20));
+            let deadline = Instant::now() + Duration::from_secs(5);
+            while machine.device.statistics().malformed == 0 && Instant::now() < deadline {
+                std::thread::yield_now();
+            }
             machine.device.reset();
             done.send(machine.device.statistics()).unwrap();
         });

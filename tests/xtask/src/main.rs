@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod command;
+mod demo;
 mod docs;
 mod lock_file;
 mod programs;
@@ -30,6 +31,8 @@ enum Task {
     Testbed(testbed::Arguments),
     /// Write the pages of docs/ that are made from the tables
     Docs(docs::Arguments),
+    /// Boot a guest that draws a picture on the paravirtual GPU, and write it to demo.png
+    Demo(demo::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
 }
@@ -39,6 +42,7 @@ fn main() -> ExitCode {
         Task::Bench(arguments) => bench::run(&arguments),
         Task::Testbed(arguments) => testbed::run(&arguments),
         Task::Docs(arguments) => docs::run(&arguments),
+        Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
     }
 }

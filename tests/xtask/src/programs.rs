@@ -42,6 +42,12 @@ pub const L2_INIT: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Boots the test guest on the embedded GPU.
+pub const DEMO: Program = Program {
+    name: "demo",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Draws on a DRM node without pvgpu.
 pub const NATIVE: Program = Program {
     name: "native",

@@ -1,0 +1,122 @@
+//! The test guest in a VM on this machine's KVM: one scenario, from boot to exit, with everything that it said.
+//!
+//! The demo and the end-to-end tests use it; the testbed's L1 runs `mini-vmm` itself.
+
+use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
+use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_mini_vmm::debug::DumpTarget;
+use pvgpu_mini_vmm::gpu::Gpu;
+use pvgpu_mini_vmm::serial::Console;
+use pvgpu_mini_vmm::vm::{Outcome, Vm, VmConfig, VmError};
+use pvgpu_scenarios::Picture;
+use std::io::{self, Write};
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
+
+/// Size of the aperture: room for the buffers of every scenario.
+const APERTURE: u64 = 256 << 20;
+
+/// What came of a run.
+pub struct Run {
+    /// How it ended, and what was counted.
+    pub outcome: Outcome,
+    /// The lines of the serial console.
+    pub lines: Vec<String>,
+    /// The picture that the guest dumped.
+    pub picture: Option<Picture>,
+}
+
+/// Boots the test guest with these words on its command line, and calls `line` for each line that it prints.
+pub fn run(
+    guest: &Path,
+    command_line: &str,
+    driver: Arc<dyn HostDriver>,
+    doorbell: Doorbell,
+    line: impl FnMut(&str) + Send + 'static,
+) -> Result<Run, VmError> {
+    let lines = Lines(Arc::new(Mutex::new(Spoken {
+        lines: Vec::new(),
+        rest: Vec::new(),
+        heard: Box::new(line),
+    })));
+    let mut config = VmConfig::new(guest);
+    config.cmdline = command_line.into();
+    config.gpu = Some(Gpu {
+        driver,
+        aperture: APERTURE,
+        device: DeviceConfig {
+            doorbell,
+            ..DeviceConfig::default()
+        },
+    });
+    config.console = Console::output(lines.clone());
+    config.dump = Some(DumpTarget::Memory);
+    let mut outcome = Vm::new(config)?.run()?;
+    let spoken = std::mem::take(&mut lines.lock().lines);
+    let picture = outcome.dump.take().and_then(|rgba| {
+        let (width, height) = spoken.iter().find_map(|line| dimensions(line))?;
+        let complete = rgba.len() as u64 == u64::from(width) * u64::from(height) * 4;
+        complete.then_some(Picture {
+            width,
+            height,
+            rgba,
+        })
+    });
+    Ok(Run {
+        outcome,
+        lines: spoken,
+        picture,
+    })
+}
+
+/// Width and height in the line `picture 1280x720, ...`.
+fn dimensions(line: &str) -> Option<(u32, u32)> {
+    let (size, _) = line.strip_prefix("picture ")?.split_once(',')?;
+    let (width, height) = size.split_once('x')?;
+    Some((width.parse().ok()?, height.parse().ok()?))
+}
+
+/// The serial console's lines.
+#[derive(Clone)]
+struct Lines(Arc<Mutex<Spoken>>);
+
+struct Spoken {
+    lines: Vec<String>,
+    rest: Vec<u8>,
+    heard: Box<dyn FnMut(&str) + Send>,
+}
+
+impl Lines {
+    fn lock(&self) -> std::sync::MutexGuard<'_, Spoken> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Write for Lines {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        let mut spoken = self.lock();
+        spoken.rest.extend_from_slice(bytes);
+        while let Some(end) = spoken.rest.iter().position(|byte| *byte == b'\n') {
+            let line: Vec<u8> = spoken.rest.drain(..=end).collect();
+            let line = String::from_utf8_lossy(&line).trim_end().to_owned();
+            (spoken.heard)(&line);
+            spoken.lines.push(line);
+        }
+        Ok(bytes.len())
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_size_of_a_picture_is_read_from_its_line() {
+        assert_eq!(dimensions("picture 12x7, fingerprint 0x1"), Some((12, 7)));
+        assert_eq!(dimensions("a picture of 12x7, no"), None);
+    }
+}

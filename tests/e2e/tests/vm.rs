@@ -1,0 +1,105 @@
+//! The whole way on this machine's KVM: a guest in a VM, its driver, the virtqueue, the proxy, the embedded GPU.
+//!
+//! Without /dev/kvm these tests fail, unless `PVGPU_WITHOUT_KVM=1` says that this is known: the testbed then still runs
+//! the same guest.
+
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::{Arc, OnceLock};
+
+use pvgpu_e2e::guest_vm::{self, Run};
+use pvgpu_e2e::loopback_file::LoopbackFile;
+use pvgpu_host_proxy::device::Doorbell;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_scenarios::soft;
+
+/// The test guest, built once.
+fn guest() -> &'static Path {
+    static GUEST: OnceLock<PathBuf> = OnceLock::new();
+    GUEST.get_or_init(|| {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
+        let build = [
+            "build",
+            "--quiet",
+            "--profile",
+            "guest",
+            "--features",
+            "bare-metal",
+        ];
+        let status = Command::new(env!("CARGO"))
+            .args(build)
+            .args(["--package", "pvgpu-test-guest", "--target-dir"])
+            .arg(&target)
+            .status()
+            .expect("cargo can be started");
+        assert!(status.success(), "the test guest does not build");
+        target.join("guest/pvgpu-test-guest")
+    })
+}
+
+fn driver() -> Arc<SoftDriver> {
+    Arc::new(SoftDriver::new(SoftConfig::default()).unwrap())
+}
+
+/// Runs a scenario that must end well; `None` where there is no KVM and that is known.
+fn run(scenario: &str, doorbell: Doorbell) -> Option<Run> {
+    if std::env::var_os("PVGPU_WITHOUT_KVM").is_some_and(|value| value == "1") {
+        eprintln!("not run: PVGPU_WITHOUT_KVM says that this machine has no KVM");
+        return None;
+    }
+    let command_line = format!("scenario={scenario}");
+    let run = guest_vm::run(guest(), &command_line, driver(), doorbell, |_| ()).unwrap();
+    assert_eq!(
+        run.outcome.exit_code,
+        0,
+        "{:?}\n{}",
+        run.outcome.ending,
+        run.lines.join("\n")
+    );
+    Some(run)
+}
+
+#[test]
+fn the_guest_draws_the_same_picture_as_a_program_beside_the_gpu() {
+    let mut file = LoopbackFile::open(driver()).unwrap();
+    let native = soft::draw(&mut file, &mut |_, _| {}).unwrap();
+    for doorbell in [Doorbell::Inline, Doorbell::Worker] {
+        let Some(run) = run("draw", doorbell) else {
+            return;
+        };
+        let picture = run.picture.expect("a picture");
+        assert!(picture == native, "the pictures differ ({doorbell:?})");
+    }
+}
+
+#[test]
+fn a_guest_gets_the_errnos_that_the_specification_names() {
+    run("selftest", Doorbell::Inline);
+    run("selftest", Doorbell::Worker);
+}
+
+#[test]
+fn a_guest_that_ends_leaves_no_descriptor_and_no_mapping_in_the_proxys_process() {
+    if run("draw", Doorbell::Worker).is_none() {
+        return;
+    }
+    let count = || {
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
+        let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+        (
+            descriptors,
+            maps.lines().filter(|line| line.contains("memfd")).count(),
+        )
+    };
+    // Other tests of this file run VMs at the same time, so what is counted settles only when they are done.
+    let settles = (0..600).any(|_| {
+        std::thread::sleep(std::time::Duration::from_millis(100));
+        let (descriptors, mappings) = count();
+        descriptors < 32 && mappings == 0
+    });
+    assert!(
+        settles,
+        "left behind: {:?} descriptors and mappings",
+        count()
+    );
+}
