@@ -2,7 +2,7 @@
 //!
 //! The VMM gives the whole range to the guest once, as one memory slot; the session then maps and unmaps ranges of
 //! it. A range without a mapping is anonymous memory that reads as zeros, so that a guest which touches it harms
-//! nobody. Mapping goes through [`reservation`], the only place that changes the address space.
+//! nobody. Mapping goes through `reservation`, the only place that changes the address space.
 
 mod reservation;
 

@@ -2,7 +2,7 @@
 //!
 //! Each request that may block has one [`Cancel`]. The session sets it when the guest asks, or when the session
 //! ends; the driver that waits registers how to be woken ([`Cancel::interruptible`]). A wake-up may come just before
-//! the wait begins and be lost, so [`crate::worker`] repeats it until the request is done.
+//! the wait begins and be lost, so `worker` repeats it until the request is done.
 
 use pvgpu_protocol::Errno;
 use std::sync::atomic::{AtomicBool, Ordering};

@@ -2,10 +2,10 @@
 //!
 //! A VMM makes one [`DrmDriver`] per node that it offers to guests; the session opens files through it. One guest
 //! file is one open file description, so handles and contexts of two files never meet: the kernel keeps them apart.
-//! A guest's number never becomes an address or a file descriptor here: [`ioctl`] puts addresses of the call's own
+//! A guest's number never becomes an address or a file descriptor here: `ioctl` puts addresses of the call's own
 //! buffer and descriptors of the session's objects in, and takes both out again.
 //!
-//! What waits in the kernel is ended by a signal to its thread ([`interrupt`]): `SIGRTMIN + 1` of this process
+//! What waits in the kernel is ended by a signal to its thread (`interrupt`): `SIGRTMIN + 1` of this process
 //! belongs to this driver.
 
 #![deny(

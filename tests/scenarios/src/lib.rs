@@ -7,7 +7,7 @@
 //!   one, [`landscape`] with [`outline`] those of the last one.
 //! - [`selftest`]: calls that must fail.
 //! - [`picture`]: what a scenario returns.
-//! - [`bench`]: the registers with which the benchmark measures its floors.
+//! - [`mod@bench`]: the registers with which the benchmark measures its floors.
 //!
 //! Nothing here knows which side it runs on, and nothing here is part of what pvgpu offers to its users.
 
