@@ -2,7 +2,7 @@
 //!
 //! The handler (`ring0/traps.s`) counts each interrupt by vector and acknowledges it; whoever waits for one compares counters.
 
-use core::sync::atomic::{AtomicU64, Ordering};
+use core::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 
 use crate::{clock, ring0};
 
@@ -63,15 +63,8 @@ pub fn count() -> u32 {
 }
 
 /// Halts until an interrupt of any line arrives, unless [`count`] is no longer `seen`.
-pub fn sleep(seen: u32) {
+fn sleep(seen: u32) {
     ring0::sleep_while(&ring0::interrupts()[0], seen);
-}
-
-/// Halts as [`sleep`] does, but no longer than about `nanoseconds` (at most 4.29 s): the local APIC's timer ends it.
-pub fn sleep_at_most(seen: u32, nanoseconds: u64) {
-    set_timer(nanoseconds);
-    sleep(seen);
-    ring0::interrupt_controller_write(local_apic::TIMER_INITIAL_COUNT, 0);
 }
 
 /// Has the local APIC's timer interrupt once, after that time.
@@ -109,19 +102,22 @@ impl Interrupt {
         })
     }
 
-    /// Halts until [`Interrupt::count`] is no longer `seen`, or not much longer than `nanoseconds` (at most 4.29 s); an earlier
-    /// call's timer may end it sooner.
+    /// Halts until [`Interrupt::count`] is no longer `seen`, or not much longer than `nanoseconds` (at most 4.29 s); the timer of
+    /// an earlier call may end it sooner.
     pub fn sleep(self, seen: u32, nanoseconds: u64) {
-        /// When the timer that is set will ring.
-        static ALARM: AtomicU64 = AtomicU64::new(0);
-        // To set the timer costs more than to sleep, so one that rings early enough is left alone.
-        let now = clock::now_ns();
-        let alarm = ALARM.load(Ordering::Relaxed);
-        if alarm <= now || alarm > now + nanoseconds {
-            set_timer(nanoseconds);
-            ALARM.store(now + nanoseconds, Ordering::Relaxed);
-        }
+        /// When the timer was last set to interrupt, and how often it had done so before.
+        static ALARM: (AtomicU64, AtomicU32) = (AtomicU64::new(0), AtomicU32::new(u32::MAX));
+        // The timer's count is read before anything else: if it interrupts from here on, that ends the sleep.
         let rung = Self::TIMER.count();
+        let now = clock::now_ns();
+        let pending = ALARM.1.load(Ordering::Relaxed) == rung
+            && (now..=now + nanoseconds).contains(&ALARM.0.load(Ordering::Relaxed));
+        // To set the timer costs more than to sleep, so one that will interrupt early enough is left alone.
+        if !pending {
+            set_timer(nanoseconds);
+            ALARM.0.store(now + nanoseconds, Ordering::Relaxed);
+            ALARM.1.store(rung, Ordering::Relaxed);
+        }
         loop {
             let interrupts = count();
             if self.count() != seen || Self::TIMER.count() != rung {

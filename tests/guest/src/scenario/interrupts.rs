@@ -4,7 +4,7 @@ use alloc::format;
 use alloc::string::String;
 use core::sync::atomic::Ordering;
 
-use crate::interrupts::{self, Interrupt};
+use crate::interrupts::Interrupt;
 use crate::machine::Machine;
 use crate::{clock, println, ring0};
 
@@ -26,7 +26,7 @@ pub fn run(_machine: &Machine) -> Result<(), String> {
     let before = timer.count();
     let start = clock::now_ns();
     for _ in 0..ROUNDS {
-        interrupts::sleep_at_most(interrupts::count(), 1_000_000);
+        timer.sleep(timer.count(), 1_000_000);
     }
     let elapsed = clock::now_ns() - start;
     let taken = timer.count() - before;
