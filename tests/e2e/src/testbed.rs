@@ -14,6 +14,7 @@ mod kvm;
 mod mini_vmm;
 mod pictures;
 mod proxy;
+mod requests;
 mod vgem;
 mod virtio_gpu;
 
@@ -37,6 +38,7 @@ pub fn tests() -> Vec<&'static Test> {
         drm::TESTS,
         proxy::TESTS,
         guest::TESTS,
+        requests::TESTS,
         pictures::TESTS,
         boot::TESTS,
     ]

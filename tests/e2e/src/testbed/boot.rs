@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::mini_vmm::run;
+use super::mini_vmm::start;
 use super::{Failure, Test};
 use crate::ensure;
 
@@ -37,27 +37,22 @@ const LIMIT: Duration = Duration::from_secs(90);
 
 /// RAM ends at 3 GiB and goes on at 4 GiB when there is more than 3 GiB of it.
 fn boot(kernel: &str, processors: u32, mebibytes: u32) -> Result<(), Failure> {
-    let ended = run(
-        &[
-            "--kernel",
-            kernel,
-            "--initrd",
-            "/boot/l2.cpio",
-            "--memory",
-            &format!("{mebibytes}M"),
-            "--cpus",
-            &processors.to_string(),
-            "--cmdline",
-            &format!("{PARAMETERS} l2.exit={EXIT_CODE}"),
-        ],
-        LIMIT,
-    )?;
-    ensure!(
-        ended.code == EXIT_CODE,
-        "mini-vmm ended with code {}, not the guest's {EXIT_CODE}: {}",
-        ended.code,
-        ended.tail()
-    );
+    let ended = start(&[
+        "--kernel",
+        kernel,
+        "--initrd",
+        "/boot/l2.cpio",
+        "--memory",
+        &format!("{mebibytes}M"),
+        "--cpus",
+        &processors.to_string(),
+        "--cmdline",
+        &format!("{PARAMETERS} l2.exit={EXIT_CODE}"),
+        "--gpu",
+        "none",
+    ])?
+    .wait(LIMIT)?;
+    ended.expect(EXIT_CODE)?;
     let expected = format!("l2-init: {processors} processors, ");
     let kilobytes = ended
         .output

@@ -2,7 +2,7 @@
 
 use std::time::Duration;
 
-use super::mini_vmm::{Ended, run};
+use super::mini_vmm::{Ended, start_guest};
 use super::{Failure, Test};
 use crate::ensure;
 
@@ -28,37 +28,17 @@ pub const TESTS: &[Test] = &[
 /// None of them takes a second.
 const LIMIT: Duration = Duration::from_secs(30);
 
-fn guest(command_line: &str) -> Result<Ended, Failure> {
-    run(
-        &[
-            "--kernel",
-            "/boot/pvgpu-test-guest",
-            "--cmdline",
-            command_line,
-        ],
-        LIMIT,
-    )
+fn guest(scenario: &str) -> Result<Ended, Failure> {
+    start_guest(scenario, "none", &[])?.wait(LIMIT)
 }
 
 fn succeeds(scenario: &str) -> Result<(), Failure> {
-    let ended = guest(&format!("scenario={scenario}"))?;
-    ensure!(
-        ended.code == 0,
-        "the guest ended with code {}: {}",
-        ended.code,
-        ended.tail()
-    );
-    Ok(())
+    guest(scenario)?.expect(0)
 }
 
 fn hello() -> Result<(), Failure> {
-    let ended = guest("scenario=hello")?;
-    ensure!(
-        ended.code == 0,
-        "the guest ended with code {}: {}",
-        ended.code,
-        ended.tail()
-    );
+    let ended = guest("hello")?;
+    ended.expect(0)?;
     ensure!(
         ended.output.contains("at CPL 3"),
         "the guest does not say that it is at CPL 3: {}",
@@ -75,13 +55,10 @@ fn faults() -> Result<(), Failure> {
         ("privileged", 128 + 13),
         ("null", 128 + 14),
     ] {
-        let ended = guest(&format!("scenario=fault fault={kind}"))?;
-        ensure!(
-            ended.code == code,
-            "fault={kind} ended with code {}, not {code}: {}",
-            ended.code,
-            ended.tail()
-        );
+        let ended = guest(&format!("fault fault={kind}"))?;
+        ended
+            .expect(code)
+            .map_err(|failure| format!("fault={kind}: {failure}"))?;
     }
     Ok(())
 }

@@ -1,11 +1,18 @@
 //! Running mini-vmm in L1 with a time limit, for the tests that have a guest.
 
-use std::fs::File;
-use std::process::{Command, Stdio};
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Failure;
+
+/// A mini-vmm with its guest. Killed when dropped.
+pub struct Running {
+    process: Child,
+    log: PathBuf,
+}
 
 /// How a run of mini-vmm ended.
 pub struct Ended {
@@ -16,6 +23,19 @@ pub struct Ended {
 }
 
 impl Ended {
+    /// A failure, unless the exit code is `code`.
+    pub fn expect(&self, code: i32) -> Result<(), Failure> {
+        match self.code == code {
+            true => Ok(()),
+            false => Err(format!(
+                "mini-vmm ended with code {}, not {code}: {}",
+                self.code,
+                self.tail()
+            )
+            .into()),
+        }
+    }
+
     /// The last lines of the output, for a failure's one line.
     pub fn tail(&self) -> String {
         tail(&self.output)
@@ -34,44 +54,92 @@ fn tail(output: &str) -> String {
     }
 }
 
-/// Runs `mini-vmm run` with `arguments`; it is killed after `limit`, which is a failure.
-pub fn run(arguments: &[&str], limit: Duration) -> Result<Ended, Failure> {
+/// Starts `mini-vmm run` with `arguments`.
+pub fn start(arguments: &[&str]) -> Result<Running, Failure> {
     // A file of its own, not a pipe: nobody has to read it while the guest runs.
     static RUNS: AtomicU32 = AtomicU32::new(0);
     let number = RUNS.fetch_add(1, Ordering::Relaxed);
-    let path = std::env::temp_dir().join(format!("mini-vmm-{number}.log"));
-    let log = File::create(&path)?;
-    let mut process = Command::new("/bin/mini-vmm")
+    let log = std::env::temp_dir().join(format!("mini-vmm-{number}.log"));
+    let output = File::create(&log)?;
+    let process = Command::new("/bin/mini-vmm")
         .arg("run")
         .args(arguments)
         .stdin(Stdio::null())
-        .stdout(log.try_clone()?)
-        .stderr(log)
+        .stdout(output.try_clone()?)
+        .stderr(output)
         .spawn()
         .map_err(|error| format!("cannot start mini-vmm: {error}"))?;
-    let deadline = Instant::now() + limit;
-    let status = loop {
-        if let Some(status) = process.try_wait()? {
-            break Some(status);
+    Ok(Running { process, log })
+}
+
+/// Starts mini-vmm with the test guest's `scenario` (and what else its command line is to say) and that GPU.
+pub fn start_guest(scenario: &str, gpu: &str, more: &[&str]) -> Result<Running, Failure> {
+    let command_line = format!("scenario={scenario}");
+    let always = [
+        "--kernel",
+        "/boot/pvgpu-test-guest",
+        "--cmdline",
+        &command_line,
+        "--gpu",
+        gpu,
+    ];
+    start(&[&always[..], more].concat())
+}
+
+impl Running {
+    /// What mini-vmm and its guest have written so far.
+    pub fn output(&self) -> String {
+        String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// Waits for the end; mini-vmm is killed after `limit`, which is a failure.
+    pub fn wait(mut self, limit: Duration) -> Result<Ended, Failure> {
+        let deadline = Instant::now() + limit;
+        let status = loop {
+            if let Some(status) = self.process.try_wait()? {
+                break status;
+            }
+            if Instant::now() >= deadline {
+                let tail = tail(&self.output());
+                return Err(
+                    format!("mini-vmm did not end within {} s: {tail}", limit.as_secs()).into(),
+                );
+            }
+            std::thread::sleep(Duration::from_millis(5));
+        };
+        let output = self.output();
+        let code = status
+            .code()
+            .ok_or_else(|| format!("mini-vmm ended with {status}: {}", tail(&output)))?;
+        Ok(Ended { code, output })
+    }
+
+    /// Kills mini-vmm once its guest has written `text`; a failure if it has not done so within `limit`.
+    pub fn kill_when(mut self, text: &str, limit: Duration) -> Result<(), Failure> {
+        let deadline = Instant::now() + limit;
+        while !self.output().contains(text) {
+            let ended = self.process.try_wait()?.is_some();
+            if ended || Instant::now() >= deadline {
+                return Err(
+                    format!("the guest never wrote `{text}`: {}", tail(&self.output())).into(),
+                );
+            }
+            std::thread::sleep(Duration::from_millis(1));
         }
-        if Instant::now() >= deadline {
-            process.kill()?;
-            process.wait()?;
-            break None;
+        match self.process.try_wait()? {
+            None => Ok(self.process.kill()?),
+            Some(status) => {
+                Err(format!("mini-vmm ended with {status} before it could be killed").into())
+            }
         }
-        std::thread::sleep(Duration::from_millis(5));
-    };
-    let output = String::from_utf8_lossy(&std::fs::read(&path)?).into_owned();
-    let Some(status) = status else {
-        return Err(format!(
-            "mini-vmm did not end within {} s: {}",
-            limit.as_secs(),
-            tail(&output)
-        )
-        .into());
-    };
-    let code = status
-        .code()
-        .ok_or_else(|| format!("mini-vmm ended with {status}: {}", tail(&output)))?;
-    Ok(Ended { code, output })
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        // Both fail when it has ended already.
+        let _ = self.process.kill();
+        let _ = self.process.wait();
+        let _ = fs::remove_file(&self.log);
+    }
 }

@@ -1,54 +1,104 @@
-//! The main job on real drivers: the test guest in L2 draws through the paravirtual GPU, the same scenario draws natively
-//! in L1, and both pictures are equal byte for byte. Both are left as PNG files in `/shared` for people.
+//! The main job on real drivers: the test guest in L2 draws through the paravirtual GPU, the same scenario draws in L1
+//! without a VM, and both pictures are equal byte for byte. They are left as PNG files in `/shared` for people.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
 use std::time::Duration;
 
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::{self as scenarios, Picture};
 
-use super::mini_vmm::run;
+use super::mini_vmm::{Running, start_guest};
 use super::{Failure, Test};
-use crate::drm_ioctl::{Kind, Node, find};
+use crate::drm_ioctl::{Kind, find};
+use crate::loopback_file::LoopbackFile;
 use crate::{ensure, picture_file};
 
 pub const TESTS: &[Test] = &[
     Test {
         name: "a_guest_draws_on_vgem_what_a_native_program_draws",
-        run: || same_picture(&VGEM, "inline"),
+        run: || draws(&VGEM, "inline"),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_what_a_native_program_draws",
-        run: || same_picture(&VIRTIO_GPU, "inline"),
+        run: || draws(&VIRTIO_GPU, "inline"),
+    },
+    Test {
+        name: "a_guest_draws_on_soft_what_is_drawn_without_a_vm",
+        run: || draws(&SOFT, "inline"),
     },
     Test {
         name: "a_guest_draws_on_vgem_with_a_worker_thread",
-        run: || same_picture(&VGEM, "worker"),
+        run: || draws(&VGEM, "worker"),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_with_a_worker_thread",
-        run: || same_picture(&VIRTIO_GPU, "worker"),
+        run: || draws(&VIRTIO_GPU, "worker"),
+    },
+    Test {
+        name: "a_guest_draws_on_soft_with_a_worker_thread",
+        run: || draws(&SOFT, "worker"),
+    },
+    Test {
+        name: "two_guests_draw_on_virtio_gpu_at_the_same_time",
+        run: two_guests,
+    },
+    Test {
+        name: "virtio_gpu_works_after_a_guest_was_killed_while_it_drew",
+        run: killed_guest,
     },
 ];
 
-/// A host driver, the node that its scenario needs, and the scenario.
-struct Driver {
-    name: &'static str,
-    kind: Kind,
-    draw: fn(&mut Node) -> Result<Picture, scenarios::Failure>,
+/// A GPU for guests and the scenario that draws on it.
+pub struct Gpu {
+    /// The host driver's name.
+    pub name: &'static str,
+    /// What `--gpu` is told.
+    pub argument: fn() -> Result<String, Failure>,
+    /// Draws without a VM: natively where there is a kernel driver.
+    draw: fn() -> Result<Picture, Failure>,
 }
 
 /// Dumb buffers need the card node.
-const VGEM: Driver = Driver {
+pub const VGEM: Gpu = Gpu {
     name: "vgem",
-    kind: Kind::Card,
-    draw: |node| scenarios::vgem::draw(node, &mut |_, _| {}),
+    argument: || node("vgem", Kind::Card),
+    draw: || {
+        Ok(scenarios::vgem::draw(
+            &mut find("vgem", Kind::Card)?,
+            &mut |_, _| {},
+        )?)
+    },
 };
 
-const VIRTIO_GPU: Driver = Driver {
+/// 3D needs no more than the render node.
+pub const VIRTIO_GPU: Gpu = Gpu {
     name: "virtio_gpu",
-    kind: Kind::Render,
-    draw: |node| scenarios::virtio_gpu::draw(node, &mut |_, _| {}),
+    argument: || node("virtio_gpu", Kind::Render),
+    draw: || {
+        Ok(scenarios::virtio_gpu::draw(
+            &mut find("virtio_gpu", Kind::Render)?,
+            &mut |_, _| {},
+        )?)
+    },
 };
+
+/// The embedded GPU is in this process as it is in mini-vmm's.
+pub const SOFT: Gpu = Gpu {
+    name: "soft",
+    argument: || Ok("soft".to_owned()),
+    draw: || {
+        let driver = SoftDriver::new(SoftConfig::default())?;
+        Ok(scenarios::soft::draw(
+            &mut LoopbackFile::open(Arc::new(driver))?,
+            &mut |_, _| {},
+        )?)
+    },
+};
+
+fn node(driver: &str, kind: Kind) -> Result<String, Failure> {
+    Ok(format!("drm:{}", find(driver, kind)?.path.display()))
+}
 
 /// Drawing takes about a second in L2; a request may take a hundred times as long as on hardware.
 const LIMIT: Duration = Duration::from_secs(60);
@@ -56,68 +106,101 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A picture with fewer colours is taken for blank or for broken.
 const ENOUGH_COLOURS: usize = 16;
 
-fn same_picture(driver: &Driver, doorbell: &str) -> Result<(), Failure> {
-    let mut node = find(driver.name, driver.kind)?;
-    let native = (driver.draw)(&mut node)?;
-    let gpu = format!("drm:{}", node.path.display());
-    drop(node);
-    let colours = native.colours(ENOUGH_COLOURS);
-    ensure!(
-        colours == ENOUGH_COLOURS,
-        "the native picture has only {colours} colours"
-    );
-
-    let dump = std::env::temp_dir().join("guest.rgba");
-    let _ = std::fs::remove_file(&dump);
-    let scenario = "scenario=draw";
-    let ended = run(
-        &[
-            "--kernel",
-            "/boot/pvgpu-test-guest",
-            "--cmdline",
-            scenario,
-            "--gpu",
-            &gpu,
-            "--doorbell",
-            doorbell,
-            "--dump",
-            &dump.to_string_lossy(),
-        ],
-        LIMIT,
-    )?;
-    ensure!(
-        ended.code == 0,
-        "mini-vmm ended with code {}: {}",
-        ended.code,
-        ended.tail()
-    );
-    let guest = picture_file::read_rgba(&dump, native.width, native.height)
-        .map_err(|error| format!("the guest left no such picture: {error}"))?;
-    for (who, picture) in [("native", &native), ("guest", &guest)] {
+fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+    let expected = expected(gpu)?;
+    let drawing = Drawing::start(gpu, &["--doorbell", doorbell])?;
+    let found = drawing.picture(&expected)?;
+    for (who, picture) in [("native", &expected), ("guest", &found)] {
         picture_file::write_png(
             picture,
-            Path::new(&format!("/shared/{}-{who}.png", driver.name)),
+            Path::new(&format!("/shared/{}-{who}.png", gpu.name)),
         )?;
     }
-    match first_difference(&native, &guest) {
+    equal(&expected, &found)
+}
+
+fn two_guests() -> Result<(), Failure> {
+    let expected = expected(&VIRTIO_GPU)?;
+    let first = Drawing::start(&VIRTIO_GPU, &[])?;
+    let second = Drawing::start(&VIRTIO_GPU, &[])?;
+    equal(&expected, &first.picture(&expected)?)?;
+    equal(&expected, &second.picture(&expected)?)
+}
+
+/// Killed after its commands were submitted, before it has read the picture back.
+fn killed_guest() -> Result<(), Failure> {
+    let expected = expected(&VIRTIO_GPU)?;
+    Drawing::start(&VIRTIO_GPU, &[])?
+        .guest
+        .kill_when("step EXECBUFFER", LIMIT)?;
+    equal(
+        &expected,
+        &Drawing::start(&VIRTIO_GPU, &[])?.picture(&expected)?,
+    )
+}
+
+/// The picture that a guest has to draw.
+fn expected(gpu: &Gpu) -> Result<Picture, Failure> {
+    let picture = (gpu.draw)()?;
+    let colours = picture.colours(ENOUGH_COLOURS);
+    ensure!(
+        colours == ENOUGH_COLOURS,
+        "the picture drawn without a VM has only {colours} colours"
+    );
+    Ok(picture)
+}
+
+/// A guest that draws, and the file that its picture goes to.
+struct Drawing {
+    guest: Running,
+    dump: PathBuf,
+}
+
+impl Drawing {
+    fn start(gpu: &Gpu, more: &[&str]) -> Result<Self, Failure> {
+        let dump = tempfile::Builder::new()
+            .prefix("guest-")
+            .suffix(".rgba")
+            .tempfile()?
+            .into_temp_path()
+            .keep()?;
+        std::fs::remove_file(&dump)?;
+        let path = dump.to_string_lossy();
+        let guest = start_guest(
+            "draw",
+            &(gpu.argument)()?,
+            &[&["--dump", &path], more].concat(),
+        )?;
+        Ok(Drawing { guest, dump })
+    }
+
+    /// Waits for the guest's success and gives its picture, which has the size of `expected`.
+    fn picture(self, expected: &Picture) -> Result<Picture, Failure> {
+        self.guest.wait(LIMIT)?.expect(0)?;
+        let picture = picture_file::read_rgba(&self.dump, expected.width, expected.height)
+            .map_err(|error| format!("the guest left no such picture: {error}"))?;
+        std::fs::remove_file(&self.dump)?;
+        Ok(picture)
+    }
+}
+
+fn equal(expected: &Picture, found: &Picture) -> Result<(), Failure> {
+    match first_difference(expected, found) {
         None => Ok(()),
         Some(text) => Err(text.into()),
     }
 }
 
-/// Where and how two pictures differ first, counted from the top left.
-fn first_difference(native: &Picture, guest: &Picture) -> Option<String> {
-    let different = |(native, guest): (&[u8], &[u8])| native != guest;
-    let pixels = || native.rgba.chunks(4).zip(guest.rgba.chunks(4));
-    let first = pixels().position(different)?;
+/// Where and how two pictures of the same size differ first, counted from the top left.
+fn first_difference(expected: &Picture, found: &Picture) -> Option<String> {
+    let different = |(expected, found): (&[u8], &[u8])| expected != found;
+    let pixels = || expected.rgba.chunks(4).zip(found.rgba.chunks(4));
+    let first = u32::try_from(pixels().position(different)?).ok()?;
     let count = pixels().filter(|pair| different(*pair)).count();
-    let (x, y) = (
-        u32::try_from(first).ok()? % native.width,
-        u32::try_from(first).ok()? / native.width,
-    );
-    let (expected, found) = (native.pixel(x, y), guest.pixel(x, y));
+    let (x, y) = (first % expected.width, first / expected.width);
+    let (expected, found) = (expected.pixel(x, y), found.pixel(x, y));
     Some(format!(
-        "{count} pixels differ; the first is ({x}, {y}): native {expected:?}, guest {found:?}"
+        "{count} pixels differ; the first is ({x}, {y}): expected {expected:?}, from the guest {found:?}"
     ))
 }
 
@@ -127,18 +210,18 @@ mod unit_tests {
 
     #[test]
     fn a_difference_of_one_byte_is_found_and_named() {
-        let native = Picture {
+        let expected = Picture {
             width: 2,
             height: 2,
             rgba: vec![7; 16],
         };
-        let mut guest = native.clone();
-        assert_eq!(first_difference(&native, &guest), None);
-        guest.rgba[13] = 8;
-        let text = first_difference(&native, &guest).unwrap();
+        let mut found = expected.clone();
+        assert_eq!(first_difference(&expected, &found), None);
+        found.rgba[13] = 8;
+        let text = first_difference(&expected, &found).unwrap();
         assert_eq!(
             text,
-            "1 pixels differ; the first is (1, 1): native [7, 7, 7, 7], guest [7, 8, 7, 7]"
+            "1 pixels differ; the first is (1, 1): expected [7, 7, 7, 7], from the guest [7, 8, 7, 7]"
         );
     }
 }

@@ -1,0 +1,45 @@
+//! Requests of the test guest in L2 that draw nothing: those that do nothing, and those that must be refused, on every GPU.
+
+use std::time::Duration;
+
+use super::mini_vmm::start_guest;
+use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
+use super::{Failure, Test};
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "a_guest_reaches_the_proxy_inline_and_by_worker",
+        run: no_operations,
+    },
+    Test {
+        name: "a_guest_on_vgem_is_refused_what_it_must_not_do",
+        run: || refused(&VGEM),
+    },
+    Test {
+        name: "a_guest_on_virtio_gpu_is_refused_what_it_must_not_do",
+        run: || refused(&VIRTIO_GPU),
+    },
+    Test {
+        name: "a_guest_on_soft_is_refused_what_it_must_not_do",
+        run: || refused(&SOFT),
+    },
+];
+
+/// None of them takes more than a few seconds.
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// The guest itself checks that 64 requests at once take one doorbell.
+fn no_operations() -> Result<(), Failure> {
+    for doorbell in ["inline", "worker"] {
+        start_guest("device", "soft", &["--doorbell", doorbell])?
+            .wait(LIMIT)?
+            .expect(0)?;
+    }
+    Ok(())
+}
+
+fn refused(gpu: &Gpu) -> Result<(), Failure> {
+    start_guest("selftest", &(gpu.argument)()?, &[])?
+        .wait(LIMIT)?
+        .expect(0)
+}
