@@ -8,7 +8,7 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use clap::{Args, Parser, Subcommand};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
@@ -78,6 +78,9 @@ struct Run {
     /// 'worker' a thread for each vCPU (highest throughput).
     #[arg(long, value_enum, default_value_t = DoorbellChoice::Worker)]
     doorbell: DoorbellChoice,
+    /// How many seconds a submission may run on the embedded GPU before the GPU is reset.
+    #[arg(long, value_name = "SECONDS", default_value_t = SoftConfig::default().watchdog.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
+    watchdog: u64,
     /// Record every GPU request and its result in this file.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
@@ -111,14 +114,17 @@ impl GpuChoice {
     }
 
     /// The host driver, if there is to be a GPU.
-    fn open(&self) -> Result<Option<Arc<dyn HostDriver>>, String> {
+    fn open(&self, watchdog: Duration) -> Result<Option<Arc<dyn HostDriver>>, String> {
         Ok(match self {
             Self::None => None,
             Self::Drm(node) => Some(Arc::new(
                 DrmDriver::new(node).map_err(|error| error.to_string())?,
             )),
             Self::Soft => {
-                let driver = SoftDriver::new(SoftConfig::default());
+                let driver = SoftDriver::new(SoftConfig {
+                    watchdog,
+                    ..SoftConfig::default()
+                });
                 Some(Arc::new(driver.map_err(|error| format!("cannot start the embedded GPU: {error}; check the limits on threads and open files (ulimit -u, ulimit -n)"))?))
             }
         })
@@ -182,7 +188,7 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 /// The GPU that the options ask for.
 fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
-    let Some(driver) = options.gpu.open()? else {
+    let Some(driver) = options.gpu.open(Duration::from_secs(options.watchdog))? else {
         return match options.trace {
             None => Ok(None),
             Some(_) => Err("--trace records a GPU's requests, but there is no GPU: leave it out or choose another --gpu".into()),
