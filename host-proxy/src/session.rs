@@ -17,7 +17,7 @@ use crate::call::{Call, HandleChange, Owned};
 use crate::cancel::Cancel;
 use crate::driver::{HostDriver, HostObject};
 use crate::statistics::Counters;
-use crate::worker::Workers;
+use crate::worker::{Job, Workers};
 use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
 use pvgpu_protocol::schema::Space;
 use pvgpu_protocol::wire::{
@@ -381,16 +381,17 @@ impl Shared {
             require(!state.in_flight.contains_key(&id), Errno::EINVAL)?;
             state.in_flight.insert(id, Arc::clone(&cancel));
         }
-        let session = Arc::clone(self);
-        let complete = complete();
-        let job = move || {
-            let response = operation(&cancel);
-            // The id is free again before the guest can see the response.
-            session.state().in_flight.remove(&id);
-            drop((cancel, session));
-            complete(response);
+        let job = || {
+            let (session, cancel, complete) = (Arc::clone(self), Arc::clone(&cancel), complete());
+            Box::new(move || {
+                let response = operation(&cancel);
+                // The id is free again before the guest can see the response.
+                session.state().in_flight.remove(&id);
+                drop((cancel, session));
+                complete(response);
+            }) as Job
         };
-        self.workers.run(Box::new(job)).map(|()| None).map_err(|_| {
+        self.workers.run(job).map(|()| None).map_err(|_| {
             self.state().in_flight.remove(&id);
             Errno::EAGAIN
         })

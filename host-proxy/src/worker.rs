@@ -15,7 +15,12 @@ const IDLE: Duration = Duration::from_secs(2);
 /// How often a cancelled request is woken until it is done: a wake-up just before it waits is lost.
 const WAKE_PERIOD: Duration = Duration::from_millis(1);
 
-type Job = Box<dyn FnOnce() + Send>;
+/// What a thread of the pool does.
+pub type Job = Box<dyn FnOnce() + Send>;
+
+/// The host has no thread for a job.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct NoThread;
 
 /// A pool of threads. Dropping it waits for all requests.
 pub struct Workers {
@@ -54,8 +59,9 @@ impl Default for Workers {
 }
 
 impl Workers {
-    /// Runs a job on a thread of the pool. Gives it back when no thread can be had.
-    pub fn run(&self, job: Job) -> Result<(), Job> {
+    /// Runs a job on a thread of the pool. The job is made only when there is a thread for it: otherwise whatever it
+    /// would hold is still the caller's.
+    pub fn run(&self, job: impl FnOnce() -> Job) -> Result<(), NoThread> {
         let mut state = self.shared.lock();
         if state.idle <= state.jobs.len() {
             let shared = Arc::clone(&self.shared);
@@ -66,11 +72,11 @@ impl Workers {
                 Ok(_) => state.threads += 1,
                 Err(error) => {
                     log::warn!("cannot start a worker thread: {error}");
-                    return Err(job);
+                    return Err(NoThread);
                 }
             }
         }
-        state.jobs.push_back(job);
+        state.jobs.push_back(job());
         self.shared.job.notify_one();
         Ok(())
     }
@@ -79,6 +85,14 @@ impl Workers {
     pub fn cancel(&self, cancel: Arc<Cancel>) {
         cancel.cancel();
         let mut state = self.shared.lock();
+        // Once each: `wake` counts references to tell whether a request is done.
+        if state
+            .cancelled
+            .iter()
+            .any(|other| Arc::ptr_eq(other, &cancel))
+        {
+            return;
+        }
         state.cancelled.push(cancel);
         if !state.waking {
             let shared = Arc::clone(&self.shared);
@@ -188,12 +202,10 @@ mod tests {
         let (release, blocked) = mpsc::channel::<()>();
         let (done, result) = mpsc::channel();
         workers
-            .run(Box::new(move || blocked.recv().unwrap()))
-            .ok()
+            .run(|| Box::new(move || blocked.recv().unwrap()))
             .unwrap();
         workers
-            .run(Box::new(move || done.send(7).unwrap()))
-            .ok()
+            .run(|| Box::new(move || done.send(7).unwrap()))
             .unwrap();
         assert_eq!(result.recv().unwrap(), 7);
         release.send(()).unwrap();
@@ -207,16 +219,17 @@ mod tests {
         let (done, result) = mpsc::channel();
         let job_cancel = Arc::clone(&cancel);
         workers
-            .run(Box::new(move || {
-                let wake = Arc::new(move || wake.send(()).unwrap_or(()));
-                // The first wake-up is lost on purpose: only a second one ends the wait.
-                let waited = job_cancel.interruptible(wake, || {
-                    woken.recv().unwrap();
-                    woken.recv().unwrap();
-                });
-                done.send(waited).unwrap();
-            }))
-            .ok()
+            .run(|| {
+                Box::new(move || {
+                    let wake = Arc::new(move || wake.send(()).unwrap_or(()));
+                    // The first wake-up is lost on purpose: only a second one ends the wait.
+                    let waited = job_cancel.interruptible(wake, || {
+                        woken.recv().unwrap();
+                        woken.recv().unwrap();
+                    });
+                    done.send(waited).unwrap();
+                })
+            })
             .unwrap();
         thread::sleep(Duration::from_millis(20));
         workers.cancel(cancel);
@@ -227,15 +240,40 @@ mod tests {
     }
 
     #[test]
+    fn a_job_that_is_cancelled_twice_does_not_hold_up_the_end() {
+        let workers = Workers::default();
+        let cancel = Arc::new(Cancel::new());
+        let (wake, woken) = mpsc::channel();
+        let job_cancel = Arc::clone(&cancel);
+        workers
+            .run(|| {
+                Box::new(move || {
+                    let wake = Arc::new(move || wake.send(()).unwrap_or(()));
+                    let _ = job_cancel.interruptible(wake, || woken.recv());
+                })
+            })
+            .unwrap();
+        workers.cancel(Arc::clone(&cancel));
+        workers.cancel(cancel);
+        let (done, ended) = mpsc::channel();
+        thread::spawn(move || {
+            drop(workers);
+            done.send(()).unwrap();
+        });
+        assert_eq!(ended.recv_timeout(Duration::from_secs(10)), Ok(()));
+    }
+
+    #[test]
     fn dropping_the_pool_waits_for_its_jobs() {
         let workers = Workers::default();
         let (done, result) = mpsc::channel();
         workers
-            .run(Box::new(move || {
-                thread::sleep(Duration::from_millis(50));
-                done.send(()).unwrap();
-            }))
-            .ok()
+            .run(|| {
+                Box::new(move || {
+                    thread::sleep(Duration::from_millis(50));
+                    done.send(()).unwrap();
+                })
+            })
             .unwrap();
         drop(workers);
         assert_eq!(result.try_recv(), Ok(()));
