@@ -10,6 +10,7 @@ mod command;
 mod demo;
 mod docs;
 mod lock_file;
+mod packages;
 mod programs;
 mod test;
 mod testbed;

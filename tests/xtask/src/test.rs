@@ -4,6 +4,7 @@
 //! `PVGPU_WITHOUT_KVM`.
 
 use crate::lock_file;
+use crate::packages;
 use crate::testbed;
 use clap::Parser;
 use std::path::Path;
@@ -55,6 +56,11 @@ const STEPS: &[Step] = &[
             )),
             Err(error) => Err(format!("cannot read the lock file: {error}")),
         },
+    },
+    Step {
+        name: "headers",
+        what: "the kernel headers that the tables are compared with are there",
+        run: |_| packages::install_headers().map_err(|error| error.to_string()),
     },
     Step {
         name: "unit",

@@ -1,7 +1,7 @@
 //! `cargo xtask testbed`: boots a virtual machine (L1) that has real GPU drivers and nested KVM, and runs
 //! the end-to-end tests of `tests/e2e` in it. `docs/testbed.md` explains it to people.
 //!
-//! One file per step: [`packages`] -> [`kernel`] -> [`crate::programs`] -> [`initramfs`] -> [`machine`]. This
+//! One file per step: [`crate::packages`] -> [`kernel`] -> [`crate::programs`] -> [`initramfs`] -> [`machine`]. This
 //! file holds the arguments and the order of the steps.
 
 use std::fs::{self, File};
@@ -13,6 +13,7 @@ use std::time::{Duration, Instant};
 use clap::Args;
 
 use crate::command::CommandError;
+use crate::packages::{self, PackageError};
 use crate::programs::{self, BuildError};
 pub use machine::{Ended, Machine};
 use report::Report;
@@ -20,7 +21,6 @@ use report::Report;
 mod initramfs;
 mod kernel;
 mod machine;
-mod packages;
 mod report;
 
 /// What `cargo xtask testbed` can be told.
@@ -119,14 +119,9 @@ pub enum Error {
         /// What the system said.
         source: io::Error,
     },
-    /// Debian packages are missing and this user cannot install them.
-    #[error("these Debian packages are missing: run `{0}` as root, then this command again")]
-    Packages(String),
-    /// The testbed is made of Debian packages.
-    #[error(
-        "the testbed is made of Debian packages and this system has no {0}: run it on Debian 12, for example in a container"
-    )]
-    NotDebian(&'static str),
+    /// The Debian packages that the testbed is made of.
+    #[error(transparent)]
+    Packages(#[from] PackageError),
     /// apt does not know the kernel package.
     #[error("apt knows no package {0}: run `apt-get update` as root, then this command again")]
     NoKernelPackage(String),
@@ -228,7 +223,7 @@ fn prepare_with(kernel: &str) -> Result<Machine, Error> {
     let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
     lock.lock().map_err(file_error("lock", &lock_path))?;
 
-    packages::install_missing()?;
+    packages::install_missing(packages::TESTBED)?;
     let kernel = kernel::fetch(&cache, kernel)?;
     progress(format_args!("building the programs for L1"));
     let programs = programs::build(initramfs::PROGRAMS)?;

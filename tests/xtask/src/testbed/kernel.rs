@@ -7,8 +7,9 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
-use super::{Error, file_error, packages, progress};
+use super::{Error, file_error, progress};
 use crate::command;
+use crate::packages;
 
 /// The modules that L1 loads, with their parameters; what they depend on is found and loaded before them.
 pub const MODULES: &[(&str, &str)] = &[

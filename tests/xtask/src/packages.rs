@@ -1,0 +1,143 @@
+//! The Debian packages that tasks need: which are missing, and installing them where this user may.
+//!
+//! Tasks call it first; it never removes or upgrades anything.
+
+use std::path::Path;
+use std::process::Command;
+
+use crate::command::{self, CommandError};
+
+/// What the testbed needs beside the Rust toolchain and the C linker that it needs anyway.
+pub const TESTBED: &[&str] = &[
+    "qemu-system-x86", // the machine
+    "qemu-system-gui", // its SDL display
+    "xvfb",            // an X server without a screen, for that display
+    "libgl1",          // OpenGL through ...
+    "libglx-mesa0",    // ... GLX ...
+    "libgl1-mesa-dri", // ... on the processor (llvmpipe): what virgl renders with
+    "busybox-static",  // the console of --shell
+    "binutils",        // strip
+    "xz-utils",        // the compression of Debian's kernel
+];
+
+/// The kernels whose headers the tables of ioctls are compared with (`protocol/tests/headers.rs`).
+const HEADERS: &[&str] = &["6.1", "6.12"];
+
+/// Why packages are not there.
+#[derive(Debug, thiserror::Error)]
+pub enum PackageError {
+    /// They are missing and this user cannot install them.
+    #[error("these Debian packages are missing: run `{0}` as root, then this command again")]
+    Missing(String),
+    /// There is no dpkg.
+    #[error(
+        "this task needs Debian packages and this system has no dpkg: run it on Debian 12, for example in a container"
+    )]
+    NotDebian,
+    /// apt does not know a package.
+    #[error(
+        "apt knows no package {0}: add the Debian archive that has it, run `apt-get update` as root, then this command again"
+    )]
+    Unknown(String),
+    /// apt failed.
+    #[error(transparent)]
+    Command(#[from] CommandError),
+}
+
+/// Installs those of `packages` that are missing, or says which command would.
+pub fn install_missing(packages: &[&str]) -> Result<(), PackageError> {
+    if !Path::new("/usr/bin/dpkg-query").exists() {
+        return Err(PackageError::NotDebian);
+    }
+    let missing: Vec<&str> = packages
+        .iter()
+        .copied()
+        .filter(|package| !installed(package))
+        .collect();
+    if missing.is_empty() {
+        return Ok(());
+    }
+    let install = ["install", "--yes", "--no-install-recommends"];
+    if !is_root() {
+        return Err(PackageError::Missing(format!(
+            "apt-get {} {}",
+            install.join(" "),
+            missing.join(" ")
+        )));
+    }
+    eprintln!("installing {} (once)", missing.join(" "));
+    let apt = || {
+        let mut apt = Command::new("apt-get");
+        apt.env("DEBIAN_FRONTEND", "noninteractive")
+            .args(install)
+            .args(&missing);
+        apt
+    };
+    // Package lists that are missing or old are the usual reason for a failure: fetch them, try once more.
+    if command::capture(&mut apt()).is_err() {
+        update_lists()?;
+        command::capture(&mut apt())?;
+    }
+    Ok(())
+}
+
+/// Installs the headers of the kernels that the tables of ioctls are compared with.
+pub fn install_headers() -> Result<(), PackageError> {
+    install_missing(&["gcc", "libc6-dev"])?;
+    for version in HEADERS {
+        let start = format!("linux-headers-{version}.");
+        let there = std::fs::read_dir("/usr/src").is_ok_and(|entries| {
+            entries.flatten().any(|entry| {
+                let name = entry.file_name().to_string_lossy().into_owned();
+                name.starts_with(&start) && name.ends_with("-common")
+            })
+        });
+        if !there {
+            let package = match newest(&start)? {
+                None if is_root() => {
+                    update_lists()?;
+                    newest(&start)?
+                }
+                found => found,
+            };
+            let package =
+                package.ok_or_else(|| PackageError::Unknown(format!("{start}*-common")))?;
+            install_missing(&[&package])?;
+        }
+    }
+    Ok(())
+}
+
+/// The newest package that apt knows of `linux-headers-VERSION.*-common`.
+fn newest(start: &str) -> Result<Option<String>, PackageError> {
+    let known = command::text(Command::new("apt-cache").args(["pkgnames", start]))?;
+    let revision = |name: &str| -> Vec<u32> {
+        let digits = name.split(|c: char| !c.is_ascii_digit());
+        digits.filter_map(|number| number.parse().ok()).collect()
+    };
+    let common = known.lines().filter(|name| name.ends_with("-common"));
+    let plain = common.filter(|name| !name.contains("-rt"));
+    Ok(plain.max_by_key(|name| revision(name)).map(str::to_owned))
+}
+
+/// Fetches apt's package lists anew.
+pub fn update_lists() -> Result<(), PackageError> {
+    eprintln!("fetching apt's package lists");
+    command::capture(Command::new("apt-get").args(["update", "--quiet"]))?;
+    Ok(())
+}
+
+/// Whether this process may install packages.
+pub fn is_root() -> bool {
+    command::text(Command::new("id").arg("-u")).is_ok_and(|id| id.trim() == "0")
+}
+
+/// Whether dpkg has `package` in its complete state.
+fn installed(package: &str) -> bool {
+    command::text(Command::new("dpkg-query").args([
+        "--show",
+        "--showformat=${db:Status-Status}\n",
+        package,
+    ]))
+    .is_ok_and(|status| status.lines().any(|line| line == "installed"))
+}
