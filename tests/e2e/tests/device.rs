@@ -311,6 +311,17 @@ fn a_reset_in_the_middle_of_a_request_closes_and_unmaps_everything() {
 }
 
 #[test]
+fn what_was_counted_outlives_the_session() {
+    let mut machine = Machine::new(Doorbell::Inline);
+    machine.hello();
+    machine.ring();
+    machine.device.reset();
+    let statistics = machine.device.statistics();
+    assert!(statistics.operations.contains(&("hello", 1)));
+    assert_eq!(statistics.completed, 1);
+}
+
+#[test]
 fn a_dropped_device_leaves_no_file_open() {
     let mut machine = Machine::new(Doorbell::Worker);
     machine.hello();
