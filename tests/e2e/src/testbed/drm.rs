@@ -516,10 +516,10 @@ fn synchronization_objects() -> Result<(), Failure> {
         .perform(core::SYNCOBJ_WAIT, &mut wait.clone(), &[&handles])
         .map(drop);
     ensure!(result == Err(Errno::ETIME), "asking gives {result:?}");
-    // The kernel counts in its own ticks of 4 ms.
+    // The kernel counts in its ticks, of which an emulated machine gets some late and together.
     let start = Instant::now();
     let mut soon = core::SyncobjWait {
-        timeout_nsec: 50_000_000,
+        timeout_nsec: 200_000_000,
         ..wait
     };
     let result = file
@@ -527,7 +527,7 @@ fn synchronization_objects() -> Result<(), Failure> {
         .map(drop);
     ensure!(result == Err(Errno::ETIME), "waiting gives {result:?}");
     ensure!(
-        start.elapsed() >= Duration::from_millis(45),
+        start.elapsed() >= Duration::from_millis(100),
         "it waited {:?}",
         start.elapsed()
     );
