@@ -56,7 +56,7 @@ pub mod param {
     pub const WATCHDOG_NS: u64 = 11;
     /// Hangs after which a file may no longer submit.
     pub const HANGS_MAX: u64 = 12;
-    /// Most submissions that one file may have unfinished.
+    /// Most submissions that one file may have waiting.
     pub const QUEUE_MAX: u64 = 13;
 }
 
@@ -103,7 +103,7 @@ pub const WORK_PIXEL: u64 = 32;
 pub const WORK_COMMAND: u64 = 256;
 /// Hangs after which a file may no longer submit.
 pub const HANGS_MAX: u64 = 4;
-/// Most submissions that one file may have unfinished.
+/// Most submissions that one file may have waiting.
 pub const QUEUE_MAX: u32 = 256;
 
 uapi_struct! {
@@ -710,6 +710,11 @@ impl<'a> Stream<'a> {
         Ok(())
     }
 }
+
+/// Compiles the example of the page.
+#[cfg(doctest)]
+#[doc = include_str!("../../../docs/soft-gpu.md")]
+struct Page;
 
 #[cfg(test)]
 mod tests {
