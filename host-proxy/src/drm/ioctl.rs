@@ -85,6 +85,9 @@ pub(super) fn perform_by(
             if fd >= 0 && sent.is_none_or(|(_, sent)| *sent != fd) {
                 // SAFETY: the kernel has just made this descriptor for this call and told nobody else.
                 let fd = unsafe { OwnedFd::from_raw_fd(fd) };
+                // A guest may ask for one that survives `exec`, but it is ours, not the guest's.
+                // SAFETY: sets a flag of a descriptor that this function owns.
+                unsafe { libc::fcntl(fd.as_raw_fd(), libc::F_SETFD, libc::FD_CLOEXEC) };
                 call.put_object(field, Arc::new(DrmObject(fd)));
             }
         }

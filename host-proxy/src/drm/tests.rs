@@ -109,6 +109,8 @@ fn a_descriptor_that_the_kernel_gives_out_is_closed_with_its_last_reference() {
     let mut call = execbuffer(fence);
     let (made, other) = pipe();
     let made = made.into_raw_fd();
+    // SAFETY: clears the only flag of a descriptor that is open.
+    unsafe { libc::fcntl(made, libc::F_SETFD, 0) };
     ioctl::perform_by(&mut call, |_, argument| {
         let field = virtio_gpu::Execbuffer::SCHEMA
             .fields
@@ -127,6 +129,13 @@ fn a_descriptor_that_the_kernel_gives_out_is_closed_with_its_last_reference() {
     let field = call.fds_out().next().unwrap();
     let object = call.object(u16::try_from(field).unwrap()).unwrap();
     assert_eq!(object.fd().unwrap().as_raw_fd(), made);
+    // SAFETY: asks for the flags of a descriptor that is open.
+    let flags = unsafe { libc::fcntl(made, libc::F_GETFD) };
+    assert_eq!(
+        flags,
+        libc::FD_CLOEXEC,
+        "a program that this one starts would get it"
+    );
     assert_eq!(call.read_argument::<virtio_gpu::Execbuffer>().fence_fd, -1);
     // The write end of a pipe knows whether anybody has the read end.
     let hung_up = |fd: &OwnedFd| {
