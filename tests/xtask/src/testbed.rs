@@ -61,7 +61,7 @@ pub struct Arguments {
     #[arg(
         long,
         value_name = "SECONDS",
-        default_value_t = 300,
+        default_value_t = 600,
         conflicts_with = "shell"
     )]
     time_limit: u64,
