@@ -54,6 +54,8 @@ pub(super) enum Stop {
     Fault,
     /// Its file was closed.
     Closed,
+    /// The driver has a bug.
+    Broken,
 }
 
 impl From<super::memory::OutOfBounds> for Stop {
@@ -348,7 +350,7 @@ impl Scheduler {
             _ => {}
         }
         Err(match stop {
-            Stop::Hung => Errno::EIO,
+            Stop::Hung | Stop::Broken => Errno::EIO,
             Stop::Fault => Errno::EFAULT,
             Stop::Closed => Errno::ECANCELED,
         })
@@ -389,7 +391,7 @@ fn execute(commands: &[Command], progress: &Progress) -> Result<(), Stop> {
             command::execute(command, progress)
         })
     };
-    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(Err(Stop::Fault))
+    std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(Err(Stop::Broken))
 }
 
 /// The threads of a device.

@@ -345,3 +345,34 @@ fn store(buffer: u32, offset: u64, value: u32) -> Store {
         ..Store::default()
     }
 }
+
+/// A small generator of numbers, the same every time.
+struct Numbers(u64);
+
+impl Numbers {
+    fn next(&mut self) -> u64 {
+        self.0 ^= self.0 << 13;
+        self.0 ^= self.0 >> 7;
+        self.0 ^= self.0 << 17;
+        self.0
+    }
+
+    /// Now and then something nasty.
+    fn float(&mut self) -> f32 {
+        match self.next() % 16 {
+            0 => f32::from_bits(self.next() as u32),
+            1 => [
+                f32::NAN,
+                f32::INFINITY,
+                f32::MAX,
+                f32::MIN_POSITIVE,
+                -0.0,
+                65_536.0,
+                -65_536.0,
+                1e-30,
+            ][(self.next() % 8) as usize],
+            2..6 => (self.next() % 131_072) as f32 - 65_536.0,
+            _ => (self.next() % 8000) as f32 / 100.0 - 8.0,
+        }
+    }
+}

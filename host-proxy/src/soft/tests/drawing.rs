@@ -380,37 +380,6 @@ fn a_path_outside_of_the_picture_or_without_extent_draws_nothing() {
     assert!(seen.iter().all(|byte| *byte == 255));
 }
 
-/// A small generator of numbers, the same every time.
-struct Numbers(u64);
-
-impl Numbers {
-    fn next(&mut self) -> u64 {
-        self.0 ^= self.0 << 13;
-        self.0 ^= self.0 >> 7;
-        self.0 ^= self.0 << 17;
-        self.0
-    }
-
-    /// Now and then something nasty.
-    fn float(&mut self) -> f32 {
-        match self.next() % 16 {
-            0 => f32::from_bits(self.next() as u32),
-            1 => [
-                f32::NAN,
-                f32::INFINITY,
-                f32::MAX,
-                f32::MIN_POSITIVE,
-                -0.0,
-                65_536.0,
-                -65_536.0,
-                1e-30,
-            ][(self.next() % 8) as usize],
-            2..6 => (self.next() % 131_072) as f32 - 65_536.0,
-            _ => (self.next() % 8000) as f32 / 100.0 - 8.0,
-        }
-    }
-}
-
 #[test]
 fn no_path_makes_an_engine_panic_or_run_long() {
     let driver = patient_driver();

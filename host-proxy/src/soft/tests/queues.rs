@@ -769,3 +769,99 @@ fn a_submission_that_is_too_much_work_is_refused() {
     let seqno = client.submit(&[], &[buffer]).unwrap();
     assert_eq!(client.wait(seqno), 0);
 }
+
+/// Whether any command of the stream hangs.
+fn hangs(mut stream: &[u8]) -> bool {
+    while let Ok((header, _)) = Header::read_from_prefix(stream) {
+        if header.opcode == opcode::HANG {
+            return true;
+        }
+        match stream.get(header.size.max(8) as usize..) {
+            Some(rest) => stream = rest,
+            None => return false,
+        }
+    }
+    false
+}
+
+#[test]
+fn no_stream_makes_an_engine_panic_or_touch_what_is_not_its_own() {
+    let driver = patient_driver();
+    let client = Client::new(&driver);
+    let buffers = [client.create(PAGE), client.create(4 * PAGE)];
+    // Not in the list: nothing may change it.
+    let bystander = client.map(client.create(PAGE));
+    bystander.write(0, &[0x5a; 4096]);
+    let matrix = |buffer| Matrix {
+        buffer,
+        stride: 64,
+        offset: 0,
+    };
+    let parts = rectangle(0, 0, 8, 8);
+    let blit = Blit {
+        source: surface(0, 16, 16),
+        target: surface(1, 16, 16),
+        source_rectangle: parts,
+        target_rectangle: rectangle(1, 2, 13, 5),
+        ..Blit::default()
+    };
+    let product = MatMul {
+        a: matrix(0),
+        b: matrix(0),
+        c: matrix(1),
+        m: 16,
+        k: 16,
+        n: 16,
+        ..MatMul::default()
+    };
+    let copy = CopyBytes {
+        target: 1,
+        length: 100,
+        ..CopyBytes::default()
+    };
+    let path = Path {
+        target: surface(1, 32, 32),
+        color: [0.5; 4],
+        transform: IDENTITY,
+        ..Path::default()
+    };
+    let good = stream(|stream| {
+        stream.push(0, &fill(surface(0, 16, 16), [1; 4])).unwrap();
+        stream.push(BLIT_BLEND | BLIT_SMOOTH, &blit).unwrap();
+        stream.push(MATMUL_ACCUMULATE, &product).unwrap();
+        let points = [[1.0, 1.0], [30.0, 5.0], [8.0, 30.0]];
+        let verbs = [verb::MOVE, verb::QUAD, verb::CLOSE];
+        stream.push_path(0, &path, &points, &[], &verbs).unwrap();
+        stream.push(0, &store(0, 8, 1)).unwrap();
+        stream.push(0, &copy).unwrap();
+    });
+    let mut numbers = Numbers(0x9e37_79b9_7f4a_7c15);
+    let (mut accepted, mut refused) = (0, 0);
+    for _ in 0..5000 {
+        let mut stream = good.clone();
+        for _ in 0..=numbers.next() % 3 {
+            let at = numbers.next() as usize % stream.len();
+            stream[at] = match numbers.next() % 3 {
+                0 => numbers.next() as u8,
+                1 => [0, 0x7f, 0x80, 0xff][numbers.next() as usize % 4],
+                _ => stream[at] ^ (1 << (numbers.next() % 8)),
+            };
+        }
+        if hangs(&stream) {
+            continue;
+        }
+        match client.submit(&stream, &buffers) {
+            Ok(seqno) => {
+                let error = client.wait(seqno);
+                assert!([0, -Errno::EFAULT.number()].contains(&error), "{stream:?}");
+                accepted += 1;
+            }
+            Err(error) => {
+                assert!([Errno::EINVAL, Errno::E2BIG].contains(&error), "{error}");
+                refused += 1;
+            }
+        }
+    }
+    assert!(accepted > 500 && refused > 500, "{accepted}, {refused}");
+    assert_eq!(bystander.bytes(), [0x5a; 4096]);
+}
