@@ -41,14 +41,18 @@ fn driver() -> Arc<SoftDriver> {
     Arc::new(SoftDriver::new(SoftConfig::default()).unwrap())
 }
 
-/// Runs a scenario that must end well; `None` where there is no KVM and that is known.
-fn run(scenario: &str, doorbell: Doorbell) -> Option<Run> {
+/// Boots the guest with these words on its command line; `None` where there is no KVM and that is known.
+fn boot(command_line: &str, doorbell: Doorbell) -> Option<Run> {
     if std::env::var_os("PVGPU_WITHOUT_KVM").is_some_and(|value| value == "1") {
         eprintln!("not run: PVGPU_WITHOUT_KVM says that this machine has no KVM");
         return None;
     }
-    let command_line = format!("scenario={scenario}");
-    let run = guest_vm::run(guest(), &command_line, driver(), doorbell, |_| ()).unwrap();
+    Some(guest_vm::run(guest(), command_line, driver(), doorbell, |_| ()).unwrap())
+}
+
+/// Runs a scenario that must end well; `None` as for [`boot`].
+fn run(scenario: &str, doorbell: Doorbell) -> Option<Run> {
+    let run = boot(&format!("scenario={scenario}"), doorbell)?;
     assert_eq!(
         run.outcome.exit_code,
         0,
@@ -101,5 +105,62 @@ fn a_guest_that_ends_leaves_no_descriptor_and_no_mapping_in_the_proxys_process()
         settles,
         "left behind: {:?} descriptors and mappings",
         count()
+    );
+}
+
+#[test]
+fn the_guests_own_runtime_runs_at_cpl_3_takes_interrupts_and_keeps_its_memory() {
+    let Some(hello) = run("hello", Doorbell::Inline) else {
+        return;
+    };
+    assert!(hello.lines[0].ends_with("at CPL 3"), "{}", hello.lines[0]);
+    run("interrupts", Doorbell::Inline);
+    run("memory", Doorbell::Inline);
+}
+
+/// `fault=KIND`, the exit code that belongs to it (101 for a panic, 128 + N for processor exception N), and what the
+/// guest says of it.
+#[test]
+fn a_guest_that_breaks_says_how_on_the_console_and_by_its_exit_code() {
+    for (kind, code, words) in [
+        ("panic", 101, "fault=panic asked for it"),
+        ("invalid", 128 + 6, "exception 6 (invalid opcode)"),
+        ("privileged", 128 + 13, "exception 13 (general protection)"),
+        ("null", 128 + 14, "cr2 0x8,"),
+        ("stack", 128 + 14, "exception 14 (page fault)"),
+    ] {
+        let Some(run) = boot(&format!("scenario=fault fault={kind}"), Doorbell::Inline) else {
+            return;
+        };
+        let said = run.lines.join("\n");
+        assert_eq!(run.outcome.exit_code, code, "fault={kind}\n{said}");
+        assert!(said.contains(words), "fault={kind}\n{said}");
+    }
+}
+
+#[test]
+fn a_polling_guest_is_never_interrupted_and_a_sleeping_one_is() {
+    let Some(run) = run("device", Doorbell::Worker) else {
+        return;
+    };
+    let interrupts = |wait: &str| {
+        let line = run.lines.iter().position(|line| line.contains(wait));
+        let words = line.and_then(|line| run.lines.get(line + 1)).unwrap();
+        words.trim().strip_suffix(" interrupts").unwrap().parse()
+    };
+    assert_eq!(interrupts("one no-op, Polling"), Ok(0));
+    assert_ne!(interrupts("one no-op, Interrupts"), Ok(0u32));
+}
+
+#[test]
+fn a_guest_that_sleeps_for_responses_draws_the_same_picture_as_one_that_polls() {
+    let Some(polled) = run("draw", Doorbell::Worker) else {
+        return;
+    };
+    let slept = run("draw wait=interrupts", Doorbell::Worker).unwrap();
+    let picture = slept.picture.expect("a picture");
+    assert!(
+        picture == polled.picture.expect("a picture"),
+        "the pictures differ"
     );
 }
