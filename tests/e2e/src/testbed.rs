@@ -14,7 +14,6 @@ mod kvm;
 mod mini_vmm;
 mod pictures;
 mod proxy;
-mod refusals;
 mod requests;
 mod vgem;
 mod virtio_gpu;
@@ -41,7 +40,6 @@ pub fn tests() -> Vec<&'static Test> {
         guest::TESTS,
         requests::TESTS,
         pictures::TESTS,
-        refusals::TESTS,
         boot::TESTS,
     ]
     .into_iter()
