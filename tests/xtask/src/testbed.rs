@@ -26,11 +26,12 @@ mod report;
 /// What `cargo xtask testbed` can be told.
 #[derive(Args)]
 #[command(
-    long_about = "Boots Debian's kernel in QEMU (L1: software emulation, so it needs neither a GPU nor KVM), loads \
-the kernel's own vgem, virtio_gpu (3D) and kvm-amd drivers there, and runs the end-to-end tests inside.\n\n\
-What it downloads and extracts is cached in target/testbed. Exit code 0: every test passed.",
-    after_help = "Inside --shell: `l1-tests` runs the tests, `l1-tests --list` names them; Ctrl-A x ends the machine, \
-Ctrl-A h lists QEMU's other keys."
+    after_help = "Boots Debian's kernel in QEMU (L1: software emulation, so it needs neither a GPU nor KVM), loads the \
+kernel's own vgem, virtio_gpu (3D) and kvm-amd drivers there, and runs the end-to-end tests inside. What it downloads \
+and extracts is cached in target/testbed; target/testbed/shared is /shared in L1.\n\n\
+Exit code 0: every test passed; 1: one failed; 2: the testbed itself did not work.\n\n\
+Inside --shell: `l1-tests` runs the tests, `l1-tests --list` names them; Ctrl-A x ends the machine, Ctrl-A h lists \
+QEMU's other keys. docs/testbed.md says more."
 )]
 pub struct Arguments {
     /// Give a console inside L1 instead of running the tests
