@@ -10,7 +10,7 @@ use super::{matrix, raster};
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::soft::{
     self, BLIT_BLEND, BLIT_SMOOTH, DIMENSION_MAX, Header, MATMUL_ACCUMULATE, MATRIX_MAX,
-    WORK_COMMAND, WORK_MAX, opcode,
+    WORK_COMMAND, WORK_MAX, WORK_ROW, opcode,
 };
 use std::sync::Arc;
 use std::time::Duration;
@@ -246,7 +246,7 @@ impl Parser<'_> {
                 allowed(0)?;
                 ensure(fill.pad == 0)?;
                 let target = self.part(&fill.target, &fill.rectangle)?;
-                self.charge(target.bytes())?;
+                self.charge(target.bytes() + u64::from(target.height) * WORK_ROW)?;
                 Command::Fill {
                     target,
                     color: fill.color,
@@ -275,7 +275,7 @@ impl Parser<'_> {
                 let target = self.part(&blit.target, &blit.target_rectangle)?;
                 // A row of the source may be read again for every row of the target.
                 let row = u64::from(source.width).max(target.width.into()) * PIXEL;
-                self.charge(row * u64::from(target.height) * 2)?;
+                self.charge((row * 2 + WORK_ROW) * u64::from(target.height))?;
                 Command::Blit {
                     source,
                     target,

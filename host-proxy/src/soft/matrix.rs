@@ -6,6 +6,7 @@
 
 use super::buffer::Buffer;
 use super::engine::{Progress, Stop};
+use pvgpu_protocol::family::soft::WORK_ROW;
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
@@ -85,7 +86,8 @@ impl Rows {
 impl MatMul {
     /// What it costs, in the units of the command set.
     pub(super) fn work(&self) -> u64 {
-        u64::from(self.m) * u64::from(self.k) * u64::from(self.n) / 8
+        let (m, k, n) = (u64::from(self.m), u64::from(self.k), u64::from(self.n));
+        m * k * n / 8 + (2 * m + k) * WORK_ROW
     }
 
     /// Multiplies a block of rows of A at a time.

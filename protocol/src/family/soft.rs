@@ -93,10 +93,12 @@ pub const POINTS_MAX: u32 = 16_384;
 /// Largest coordinate of a path once it is transformed, either sign.
 pub const COORDINATE_MAX: f32 = 65_536.0;
 /// Most work of one submission (`E2BIG`). One unit is a byte read or written by `FILL`, `COPY` or `BLIT`, or 8
-/// multiplications of a `MATMUL`; a `PATH` costs [`WORK_PIXEL`] for each pixel of its bounds, and [`WORK_COMMAND`] for
+/// multiplications of a `MATMUL`; each row of their pictures and matrices costs [`WORK_ROW`]; a `PATH` costs [`WORK_PIXEL`] for each pixel of its bounds, and [`WORK_COMMAND`] for
 /// each of its points in each tile of 4096 by 64 pixels that its bounds cover; each command costs another
 /// [`WORK_COMMAND`].
 pub const WORK_MAX: u64 = 1 << 30;
+/// Work of a row of a picture or matrix beyond its bytes.
+pub const WORK_ROW: u64 = 64;
 /// Work of a pixel in the bounds of a path.
 pub const WORK_PIXEL: u64 = 32;
 /// Work of a command beyond what it reads and writes.

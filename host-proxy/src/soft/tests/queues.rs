@@ -764,6 +764,19 @@ fn a_submission_that_is_too_much_work_is_refused() {
     let verbs = [verb::MOVE, verb::LINE, verb::LINE, verb::LINE];
     let path = stream(|stream| stream.push_path(0, &path, &corners, &[], &verbs).unwrap());
     assert_eq!(client.submit(&path, &[buffer]), Err(Errno::E2BIG));
+    // Thin columns: few bytes, but many rows.
+    let column = Surface {
+        stride: 4 * 8192,
+        ..surface(0, 1, 8192)
+    };
+    let columns = |count| {
+        stream(|stream| {
+            (0..count).for_each(|_| stream.push(0, &fill(column, [1; 4])).unwrap());
+        })
+    };
+    assert_eq!(client.submit(&columns(2000), &[buffer]), Err(Errno::E2BIG));
+    let seqno = client.submit(&columns(100), &[buffer]).unwrap();
+    assert_eq!(client.wait(seqno), 0);
     let many = stream(|stream| while stream.push(0, &Hang::default()).is_ok() {});
     assert_eq!(many.len(), COMMANDS_SIZE_MAX as usize);
     let seqno = client.submit(&[], &[buffer]).unwrap();
