@@ -67,6 +67,13 @@ impl Aperture {
         }
     }
 
+    /// Gives back the memory of pages that the guest has written where nothing is mapped. Only while nothing is mapped.
+    pub(crate) fn discard(&self) {
+        if let Err(error) = self.reservation.clear(0, self.size()) {
+            log::error!("aperture: cannot give its pages back: {error}");
+        }
+    }
+
     /// Takes the first free range that is long enough.
     fn allocate(&self, length: u64) -> Option<u64> {
         let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);

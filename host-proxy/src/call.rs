@@ -411,6 +411,28 @@ impl Call {
         changes
     }
 
+    /// The GEM handles in the fields of its structs, arrays of handles excepted.
+    pub(crate) fn gem_handles(&self) -> impl Iterator<Item = u32> {
+        self.structs().flat_map(|(structure, range)| {
+            let bytes = self.bytes.get().get(range).unwrap_or_default();
+            structure.fields.iter().filter_map(move |field| {
+                let named = matches!(
+                    field.kind(structure, bytes),
+                    Kind::Handle {
+                        space: Space::Gem,
+                        ..
+                    } | Kind::OptionalHandle {
+                        space: Space::Gem,
+                        ..
+                    }
+                );
+                named
+                    .then(|| u32::try_from(field.read(bytes)).ok())
+                    .flatten()
+            })
+        })
+    }
+
     /// Bytes of the response's payload.
     pub(crate) fn response_length(&self) -> usize {
         self.response

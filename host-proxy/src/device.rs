@@ -369,6 +369,9 @@ impl Device {
             }
         }
         active.session.end();
+        if let Some(aperture) = &self.aperture {
+            aperture.discard();
+        }
     }
 
     /// What the device has counted since it was made, and what its session uses now.

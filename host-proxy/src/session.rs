@@ -26,7 +26,8 @@ use pvgpu_protocol::wire::{
 };
 use pvgpu_protocol::{Errno, family};
 use std::collections::HashMap;
-use std::sync::atomic::Ordering;
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -45,6 +46,8 @@ struct Shared {
     state: Mutex<State>,
     workers: Workers,
     counters: Arc<Counters>,
+    /// Bytes of all [`Charge`]s.
+    memory: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -59,8 +62,6 @@ struct State {
     mappings: HashMap<u64, u64>,
     /// Bytes in `mappings`.
     mapped: u64,
-    /// Bytes of GPU memory that handles hold, and that calls in flight are about to allocate.
-    memory: u64,
     /// Requests that may wait, by their ids.
     in_flight: HashMap<u64, Arc<Cancel>>,
 }
@@ -69,15 +70,15 @@ struct State {
 #[derive(Clone)]
 enum Object {
     File(Arc<File>),
-    /// What an ioctl gave out as a file descriptor.
-    Shared(Arc<dyn HostObject>),
+    /// What an ioctl gave out as a file descriptor, with the GPU memory that it keeps.
+    Shared(Arc<dyn HostObject>, Vec<Arc<Charge>>),
 }
 
 impl Object {
     fn host(&self) -> &Arc<dyn HostObject> {
         match self {
             Self::File(file) => &file.host,
-            Self::Shared(object) => object,
+            Self::Shared(object, _) => object,
         }
     }
 }
@@ -86,20 +87,46 @@ impl Object {
 struct File {
     host: Arc<dyn HostObject>,
     nonblocking: bool,
-    /// Handle to the bytes of GPU memory that it holds.
-    handles: Mutex<HashMap<(Space, u32), u64>>,
+    handles: Mutex<Handles>,
+}
+
+/// A file's handles with the GPU memory that they keep.
+type Handles = HashMap<(Space, u32), Vec<Arc<Charge>>>;
+
+/// GPU memory that counts against the guest's limit for as long as any handle or object keeps it.
+struct Charge {
+    bytes: u64,
+    total: Arc<AtomicU64>,
+}
+
+impl Charge {
+    /// Books so many bytes; `ENOMEM` over the limit.
+    fn new(total: &Arc<AtomicU64>, bytes: u64, limit: u64) -> Result<Arc<Self>, Errno> {
+        let add = |sum: u64| sum.checked_add(bytes).filter(|sum| *sum <= limit);
+        total
+            .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
+            .map_err(|_| Errno::ENOMEM)?;
+        let total = Arc::clone(total);
+        Ok(Arc::new(Self { bytes, total }))
+    }
+}
+
+impl Drop for Charge {
+    fn drop(&mut self) {
+        self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl File {
-    fn handles(&self) -> MutexGuard<'_, HashMap<(Space, u32), u64>> {
+    fn handles(&self) -> MutexGuard<'_, Handles> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// What an ioctl is allowed to do.
 struct Admitted {
-    /// Bytes of GPU memory, booked already.
-    allocated: u64,
+    /// The GPU memory that it allocates, or that the objects which it imports keep.
+    charges: Vec<Arc<Charge>>,
     /// The handles that it creates (not known yet) and closes.
     changes: Vec<HandleChange>,
 }
@@ -210,6 +237,7 @@ impl Session {
             state: Mutex::default(),
             workers: Workers::default(),
             counters,
+            memory: Arc::default(),
         }))
     }
 
@@ -369,6 +397,13 @@ impl Shared {
         operation: impl FnOnce(&Cancel) -> Response + Send + 'static,
         complete: impl FnOnce() -> Complete,
     ) -> Result<Option<Response>, Errno> {
+        let operation = move |cancel: &Cancel| {
+            // A host driver must not panic; if it does, only this request fails.
+            catch_unwind(AssertUnwindSafe(|| operation(cancel))).unwrap_or_else(|_| {
+                log::error!("the host driver has panicked: the request fails with EIO");
+                Response::new(id, Err(Errno::EIO))
+            })
+        };
         if !waits {
             return Ok(Some(operation(&Cancel::new())));
         }
@@ -444,12 +479,9 @@ impl Shared {
     }
 
     fn close(&self, id: i32) -> Result<(), Errno> {
-        let object = self.state().objects.remove(&id).ok_or(Errno::EBADF)?;
-        if let Object::File(file) = object {
-            let held: u64 = file.handles().drain().map(|(_, bytes)| bytes).sum();
-            self.release_memory(held);
-        }
-        Ok(())
+        let object = self.state().objects.remove(&id);
+        // What it holds is let go of here, without the lock.
+        object.map(drop).ok_or(Errno::EBADF)
     }
 
     fn ioctl(
@@ -489,7 +521,6 @@ impl Shared {
 
     /// Holds a validated ioctl against the guest's limits, and books the memory that it is about to allocate.
     fn admit(&self, file: &File, call: &Call) -> Result<Admitted, Errno> {
-        let allocated = call.allocated_bytes();
         let changes = call.handle_changes();
         let creates = changes.iter().filter(|change| change.created).count();
         let limit = usize::try_from(self.limits.handles).unwrap_or(usize::MAX);
@@ -497,14 +528,24 @@ impl Shared {
             creates == 0 || file.handles().len() + creates <= limit,
             Errno::ENOMEM,
         )?;
-        let mut state = self.state();
+        let state = self.state();
         if call.fds_out().next().is_some() {
             self.room_for_object(&state)?;
         }
-        let memory = state.memory.saturating_add(allocated);
-        require(memory <= self.limits.memory, Errno::ENOMEM)?;
-        state.memory = memory;
-        Ok(Admitted { allocated, changes })
+        let mut charges = Vec::new();
+        for (_, imported) in call.fds() {
+            let same = |object: &&Object| {
+                imported.is_some_and(|imported| Arc::ptr_eq(imported, object.host()))
+            };
+            if let Some(Object::Shared(_, kept)) = state.objects.values().find(same) {
+                charges.extend(kept.iter().cloned());
+            }
+        }
+        let allocated = call.allocated_bytes();
+        if allocated > 0 {
+            charges.push(Charge::new(&self.memory, allocated, self.limits.memory)?);
+        }
+        Ok(Admitted { charges, changes })
     }
 
     /// Performs an admitted ioctl and keeps the books of what it creates and closes.
@@ -512,7 +553,7 @@ impl Shared {
         &self,
         file: &File,
         call: &mut Call,
-        Admitted { allocated, changes }: Admitted,
+        Admitted { charges, changes }: Admitted,
         cancel: &Cancel,
     ) -> Result<i32, Errno> {
         // A closed handle leaves the books first: the host may give its number to another call at once.
@@ -521,40 +562,23 @@ impl Shared {
             .filter(|change| !change.created)
             .filter_map(|change| {
                 let key = (change.space, change.handle);
-                file.handles().remove(&key).map(|bytes| (key, bytes))
+                file.handles().remove(&key).map(|kept| (key, kept))
             })
             .collect();
         let result = file.host.ioctl(call, cancel);
-        if result.is_err() {
-            file.handles().extend(closed);
-            self.release_memory(allocated);
-        } else {
-            let freed = closed.into_iter().map(|(_, bytes)| bytes).sum();
-            let unheld = self.record_created(file, call, allocated);
-            self.release_memory(unheld.saturating_add(freed));
+        match result {
+            Ok(_) => record_created(file, call, charges),
+            Err(_) => file.handles().extend(closed),
         }
-        call.publish(|object| self.insert(Object::Shared(object)))?;
+        let exported: Vec<_> = {
+            let handles = file.handles();
+            let named = call
+                .gem_handles()
+                .filter_map(|handle| handles.get(&(Space::Gem, handle)));
+            named.flatten().cloned().collect()
+        };
+        call.publish(|object| self.insert(Object::Shared(object, exported.clone())))?;
         result
-    }
-
-    /// Books the handles that a call has created; returns the allocated bytes that none of them holds.
-    fn record_created(&self, file: &File, call: &Call, allocated: u64) -> u64 {
-        let mut unheld = allocated;
-        let mut handles = file.handles();
-        for HandleChange {
-            space,
-            handle,
-            created,
-        } in call.handle_changes()
-        {
-            if created && handle != 0 {
-                // An import may return a handle that the file already has, which keeps its bytes.
-                handles
-                    .entry((space, handle))
-                    .or_insert_with(|| std::mem::take(&mut unheld));
-            }
-        }
-        unheld
     }
 
     fn map(&self, object: i32, map: &MapRequest) -> Result<MapResponse, Errno> {
@@ -618,7 +642,6 @@ impl Shared {
             state.ended = true;
             state.open = false;
             state.mapped = 0;
-            state.memory = 0;
             let in_flight: Vec<_> = state.in_flight.values().cloned().collect();
             (
                 in_flight,
@@ -643,7 +666,7 @@ impl Shared {
         Usage {
             objects: state.objects.len(),
             mapped: state.mapped,
-            memory: state.memory,
+            memory: self.memory.load(Ordering::Relaxed),
             in_flight: state.in_flight.len(),
         }
     }
@@ -680,10 +703,17 @@ impl Shared {
             }
         }
     }
+}
 
-    fn release_memory(&self, bytes: u64) {
-        let mut state = self.state();
-        state.memory = state.memory.saturating_sub(bytes);
+/// Books the handles that a successful call has created; they keep the memory in `charges`.
+fn record_created(file: &File, call: &Call, charges: Vec<Arc<Charge>>) {
+    let mut handles = file.handles();
+    for change in call.handle_changes() {
+        if change.created && change.handle != 0 {
+            // An import may return a handle that the file already has, which keeps what it kept.
+            let key = (change.space, change.handle);
+            handles.entry(key).or_insert_with(|| charges.clone());
+        }
     }
 }
 
@@ -694,7 +724,7 @@ pub struct Usage {
     pub objects: usize,
     /// Bytes mapped into the aperture.
     pub mapped: u64,
-    /// Bytes of GPU memory held by handles.
+    /// Bytes of GPU memory that handles and exported objects keep.
     pub memory: u64,
     /// Requests that may be waiting.
     pub in_flight: usize,

@@ -65,7 +65,7 @@ impl fmt::Display for ChannelError {
             }
             Self::ProtocolVersion(version) => write!(
                 f,
-                "the GPU speaks protocol version {version}, this driver {VERSION}: update the older of the two"
+                "the GPU speaks protocol version {version}, this driver needs {VERSION}: update the VMM"
             ),
             Self::QueueSize(size) => write!(
                 f,
@@ -116,7 +116,7 @@ impl<'a, P: Platform> VirtioChannel<'a, P> {
             transport.set_status(DeviceStatus::FAILED);
             return Err(ChannelError::Magic(config.magic.get()));
         }
-        if config.version.get() != VERSION {
+        if config.version.get() < VERSION {
             transport.set_status(DeviceStatus::FAILED);
             return Err(ChannelError::ProtocolVersion(config.version.get()));
         }
@@ -327,8 +327,8 @@ mod tests {
             Some(ChannelError::Magic(7))
         );
         assert_eq!(
-            error(OFFERED, 128, [CONFIG_MAGIC, u32::from(VERSION + 1)]),
-            Some(ChannelError::ProtocolVersion(VERSION + 1))
+            error(OFFERED, 128, [CONFIG_MAGIC, u32::from(VERSION - 1)]),
+            Some(ChannelError::ProtocolVersion(VERSION - 1))
         );
     }
 

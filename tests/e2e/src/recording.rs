@@ -7,7 +7,7 @@ use pvgpu_host_proxy::Errno;
 use pvgpu_host_proxy::call::Call;
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
-use pvgpu_protocol::family::virtio_gpu;
+use pvgpu_protocol::family::{core, virtio_gpu};
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
@@ -107,6 +107,11 @@ impl HostObject for Object {
         if call.command() == virtio_gpu::RESOURCE_CREATE {
             let mut argument: virtio_gpu::ResourceCreate = call.read_argument();
             argument.bo_handle = self.0.next_handle.fetch_add(1, Ordering::SeqCst) + 1;
+            call.write_argument(&argument);
+        }
+        if call.command() == core::PRIME_FD_TO_HANDLE {
+            let mut argument: core::PrimeFdToHandle = call.read_argument();
+            argument.handle = self.0.next_handle.fetch_add(1, Ordering::SeqCst) + 1;
             call.write_argument(&argument);
         }
         let out: Vec<_> = call.fds_out().collect();

@@ -8,7 +8,7 @@ use pvgpu_guest_driver::session::{ObjectId, Session};
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::session::Session as HostSession;
 use pvgpu_host_proxy::{Errno, Limits};
-use pvgpu_protocol::family::core::{self, GemClose, PrimeHandleToFd};
+use pvgpu_protocol::family::core::{self, GemClose, PrimeFdToHandle, PrimeHandleToFd};
 use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, GetParam, Map, ResourceCreate, Wait};
 use pvgpu_protocol::schema::command;
 use pvgpu_protocol::wire::{
@@ -283,6 +283,35 @@ fn gpu_memory_over_the_limit_is_enomem_until_some_is_freed() {
     guest.create(4096).unwrap();
     guest.session.close(guest.file).unwrap();
     assert_eq!(guest.session.channel().session().usage().memory, 0);
+}
+
+#[test]
+fn exported_gpu_memory_counts_until_its_last_object_and_handle_are_gone() {
+    let limits = Limits {
+        memory: 8192,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let handle = guest.create(8192).unwrap();
+    let mut prime = PrimeHandleToFd {
+        handle,
+        ..Default::default()
+    };
+    guest.ioctl(core::PRIME_HANDLE_TO_FD, &mut prime).unwrap();
+    let mut close = GemClose { handle, pad: 0 };
+    guest.ioctl(core::GEM_CLOSE, &mut close).unwrap();
+    assert_eq!(guest.create(4096), Err(Errno::ENOMEM));
+
+    let mut import = PrimeFdToHandle {
+        fd: prime.fd,
+        ..Default::default()
+    };
+    guest.ioctl(core::PRIME_FD_TO_HANDLE, &mut import).unwrap();
+    guest.session.close(ObjectId(prime.fd)).unwrap();
+    assert_eq!(guest.create(4096), Err(Errno::ENOMEM));
+    close.handle = import.handle;
+    guest.ioctl(core::GEM_CLOSE, &mut close).unwrap();
+    assert!(guest.create(8192).is_ok());
 }
 
 #[test]
