@@ -28,8 +28,6 @@ struct Gathered<'a, C: ?Sized> {
     buffer: &'a mut [u8],
     length: usize,
     caller: &'a C,
-    /// How long the buffer would have to be so far.
-    needed: &'a mut usize,
 }
 
 impl<C: Caller + ?Sized> Payload for Gathered<'_, C> {
@@ -39,7 +37,6 @@ impl<C: Caller + ?Sized> Payload for Gathered<'_, C> {
 
     fn gather(&mut self, address: u64, offset: usize, length: usize) -> Result<(), Errno> {
         let end = offset.checked_add(length).ok_or(Errno::E2BIG)?;
-        *self.needed = end;
         let gap = self
             .buffer
             .get_mut(self.length..offset)
@@ -51,9 +48,10 @@ impl<C: Caller + ?Sized> Payload for Gathered<'_, C> {
     }
 }
 
-/// Gathers the argument of `size` bytes at `address`, and all that its pointers reach, into `buffer`.
+/// Gathers the argument of `size` bytes at `address`, and all that its pointers reach, into `buffer`, and says in
+/// `layout` where everything is.
 ///
-/// `ENOSPC` when the buffer is too short; `needed` then says how long it must be at least.
+/// `ENOSPC` when the buffer is too short; [`Layout::request`] then says how long it must be at least.
 pub fn gather<C: Caller + ?Sized>(
     ioctl: &'static Ioctl,
     size: u16,
@@ -61,23 +59,23 @@ pub fn gather<C: Caller + ?Sized>(
     caller: &C,
     now_ns: u64,
     buffer: &mut [u8],
-    needed: &mut usize,
-) -> Result<Layout, Errno> {
+    layout: &mut Layout,
+) -> Result<(), Errno> {
     let mut payload = Gathered {
         buffer,
         length: 0,
         caller,
-        needed,
     };
+    layout.request = size.into();
     payload.gather(address, 0, size.into())?;
-    let layout = lay_out(ioctl, size, &mut payload)?;
+    lay_out(ioctl, size, &mut payload, layout)?;
     for (structure, range) in structs(ioctl, layout.argument, &layout.arrays) {
         let bytes = buffer.get_mut(range).ok_or(Errno::EFAULT)?;
         for field in structure.fields {
             encode_field(structure, field, bytes, caller, now_ns)?;
         }
     }
-    Ok(layout)
+    Ok(())
 }
 
 /// Replaces what means something only here: addresses, file descriptors and points in time.

@@ -176,17 +176,17 @@ impl<C: Channel> Session<C> {
         let size = ioctl.accept(command)?;
         let now = self.channel.now_ns();
         let (mut request, mut response) = (IOCTL_ROOM, IOCTL_ROOM);
-        let (slot, layout) = loop {
+        let mut layout = Layout::default();
+        let slot = loop {
             let slot = self
                 .channel
                 .begin(IOCTL_HEADER + request, RESPONSE_HEADER + response)?;
             let buffer = self.channel.request(&slot);
             let payload = buffer.get_mut(IOCTL_HEADER..).unwrap_or_default();
-            let mut needed = 0;
-            match gather(ioctl, size, address, caller, now, payload, &mut needed) {
-                Ok(layout) if layout.response <= response => break (slot, layout),
-                Ok(layout) => response = layout.response,
-                Err(Errno::ENOSPC) if needed > request => request = needed,
+            match gather(ioctl, size, address, caller, now, payload, &mut layout) {
+                Ok(()) if layout.response <= response => break slot,
+                Ok(()) => response = layout.response,
+                Err(Errno::ENOSPC) if layout.request > request => request = layout.request,
                 Err(errno) => {
                     self.channel.end(slot);
                     return Err(errno);

@@ -8,7 +8,7 @@
 use crate::clock;
 use crate::driver::HostObject;
 use pvgpu_protocol::Errno;
-use pvgpu_protocol::layout::{Array, Payload, align, lay_out, structs};
+use pvgpu_protocol::layout::{Array, Layout, Payload, align, lay_out, structs};
 use pvgpu_protocol::schema::{Direction, Element, Field, Ioctl, Kind, Space, Struct};
 use std::ops::Range;
 use std::sync::Arc;
@@ -78,6 +78,22 @@ impl Bytes {
             .unwrap_or_default()
     }
 
+    fn copy_of(bytes: &[u8]) -> Self {
+        let (words, rest) = bytes.as_chunks();
+        let mut last = [0; 8];
+        last.iter_mut().zip(rest).for_each(|(to, from)| *to = *from);
+        let last = (!rest.is_empty()).then_some(last);
+        Self {
+            words: words
+                .iter()
+                .copied()
+                .chain(last)
+                .map(u64::from_ne_bytes)
+                .collect(),
+            length: bytes.len(),
+        }
+    }
+
     /// Grows with zeros to `length` bytes.
     fn resize(&mut self, length: usize) {
         self.words.resize(length.div_ceil(8), 0);
@@ -115,11 +131,9 @@ impl Call {
         if payload.len() > limit {
             return Err(Errno::E2BIG);
         }
-        let mut bytes = Bytes::default();
-        bytes.resize(payload.len());
-        bytes.get_mut().copy_from_slice(payload);
-        let mut received = Received(bytes);
-        let layout = lay_out(ioctl, size, &mut received)?;
+        let mut received = Received(Bytes::copy_of(payload));
+        let mut layout = Layout::default();
+        lay_out(ioctl, size, &mut received, &mut layout)?;
         if layout.request != payload.len() {
             return Err(Errno::EINVAL);
         }
@@ -149,12 +163,13 @@ impl Call {
 
     /// Applies the rules of every field of every struct.
     fn check(&mut self, owned: &dyn Owned) -> Result<(), Errno> {
-        let structs: Vec<_> = self.structs().collect();
-        for (structure, range) in structs {
+        let arrays = std::mem::take(&mut self.arrays);
+        for (structure, range) in structs(self.ioctl, self.argument, &arrays) {
             for field in structure.fields {
                 self.check_field(structure, &range, field, owned)?;
             }
         }
+        self.arrays = arrays;
         for array in &self.arrays {
             let Element::Handles { space, unknown } = array.pointer.element else {
                 continue;

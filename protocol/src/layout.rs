@@ -23,8 +23,8 @@ pub const DEPTH_MAX: u8 = 3;
 /// Value of a pointer field on the wire when there is an array.
 pub const PRESENT: u64 = 1;
 
-/// Where everything lies.
-#[derive(Debug)]
+/// Where everything lies. It is large: fill it where it stays ([`lay_out`]).
+#[derive(Debug, Default)]
 pub struct Layout {
     /// Bytes of the argument struct.
     pub argument: usize,
@@ -70,17 +70,21 @@ pub const fn align(length: usize) -> usize {
     length.next_multiple_of(ALIGNMENT)
 }
 
-/// Lays out a call of `ioctl` whose argument struct of `size` bytes starts the payload.
+/// Lays out a call of `ioctl` whose argument struct of `size` bytes starts the payload, into `layout`, whose former
+/// contents do not matter.
 ///
 /// `E2BIG` for a count over its limit, `EFAULT` for a null pointer with elements, or what [`Payload::gather`] says.
-pub fn lay_out<P: Payload>(ioctl: &Ioctl, size: u16, payload: &mut P) -> Result<Layout, Errno> {
+pub fn lay_out<P: Payload>(
+    ioctl: &Ioctl,
+    size: u16,
+    payload: &mut P,
+    layout: &mut Layout,
+) -> Result<(), Errno> {
     let argument = usize::from(size);
-    let mut layout = Layout {
-        argument,
-        arrays: ArrayVec::new(),
-        request: argument,
-        response: if ioctl.writes_back() { argument } else { 0 },
-    };
+    layout.argument = argument;
+    layout.arrays.clear();
+    layout.request = argument;
+    layout.response = if ioctl.writes_back() { argument } else { 0 };
     layout.add_struct(ioctl.argument, 0, argument, 1, payload)?;
     let mut next = 0;
     while let Some(&array) = layout.arrays.get(next) {
@@ -100,7 +104,7 @@ pub fn lay_out<P: Payload>(ioctl: &Ioctl, size: u16, payload: &mut P) -> Result<
             layout.add_struct(structure, base, size, array.depth + 1, payload)?;
         }
     }
-    Ok(layout)
+    Ok(())
 }
 
 /// Every struct that goes in, with the range of its bytes in the request's payload: the argument of `size` bytes,
@@ -273,7 +277,8 @@ mod tests {
             bytes: outer.as_bytes().to_vec(),
             memory,
         };
-        let layout = lay_out(&IOCTL, 24, &mut payload)?;
+        let mut layout = Layout::default();
+        lay_out(&IOCTL, 24, &mut payload, &mut layout)?;
         assert_eq!(payload.bytes.len(), layout.request);
         Ok(layout)
     }
@@ -351,7 +356,8 @@ mod tests {
             bytes: std::vec![0; 16],
             memory: &[],
         };
-        let layout = lay_out(&IOCTL, 16, &mut payload).unwrap();
+        let mut layout = Layout::default();
+        lay_out(&IOCTL, 16, &mut payload, &mut layout).unwrap();
         assert_eq!((layout.request, layout.response), (16, 16));
         assert_eq!(layout.arrays.len(), 1);
         assert_eq!(IOCTL.accept(command::with_size(IOCTL.command, 16)), Ok(16));

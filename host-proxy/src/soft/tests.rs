@@ -10,7 +10,7 @@ use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::core as drm;
 use pvgpu_protocol::family::soft::{self, *};
 use pvgpu_protocol::family::{find, of_driver};
-use pvgpu_protocol::layout::{Payload, lay_out};
+use pvgpu_protocol::layout::{Layout, Payload, lay_out};
 use pvgpu_protocol::schema::{Space, command};
 use std::any::Any;
 use std::sync::{Arc, Mutex};
@@ -127,7 +127,8 @@ impl Client {
             bytes: argument.as_bytes().to_vec(),
             arrays,
         };
-        let layout = lay_out(schema, command::size(command), &mut gather)?;
+        let mut layout = Layout::default();
+        lay_out(schema, command::size(command), &mut gather, &mut layout)?;
         let payload = gather.bytes;
         assert_eq!(payload.len(), layout.request);
         let mut call = Call::new(schema, command, &payload, self, 16 << 20)?;
