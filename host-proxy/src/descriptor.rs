@@ -2,13 +2,6 @@
 //!
 //! Used by [`crate::device`]. Nothing here keeps a reference into guest memory, and no byte is read twice.
 
-#![deny(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::cast_possible_truncation
-)]
-
 use std::ops::Deref;
 use virtio_queue::DescriptorChain;
 use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};

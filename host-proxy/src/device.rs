@@ -62,21 +62,6 @@
 //! }
 //! ```
 
-#![deny(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::cast_possible_truncation
-)]
-#![cfg_attr(
-    test,
-    allow(
-        clippy::unwrap_used,
-        clippy::indexing_slicing,
-        clippy::cast_possible_truncation
-    )
-)]
-
 use crate::aperture::Aperture;
 use crate::descriptor::{Writable, copy_in};
 use crate::driver::HostDriver;

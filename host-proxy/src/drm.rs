@@ -8,22 +8,6 @@
 //! What waits in the kernel is ended by a signal to its thread (`interrupt`): `SIGRTMIN + 1` of this process
 //! belongs to this driver.
 
-#![deny(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::cast_possible_truncation
-)]
-#![cfg_attr(
-    test,
-    allow(
-        clippy::unwrap_used,
-        clippy::expect_used,
-        clippy::indexing_slicing,
-        clippy::cast_possible_truncation
-    )
-)]
-
 mod interrupt;
 mod ioctl;
 

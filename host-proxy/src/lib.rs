@@ -5,7 +5,7 @@
 //! Nothing here knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
 //! interrupts.
 
-#![warn(
+#![deny(
     clippy::unwrap_used,
     clippy::expect_used,
     clippy::indexing_slicing,

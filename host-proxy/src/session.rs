@@ -4,14 +4,6 @@
 //! from another thread. Everything here works on that copy alone. Ending the session ([`Session::end`], or dropping
 //! it) cancels what waits and releases every file, object and mapping.
 
-#![deny(
-    clippy::unwrap_used,
-    clippy::expect_used,
-    clippy::indexing_slicing,
-    clippy::cast_possible_truncation
-)]
-#![cfg_attr(test, allow(clippy::unwrap_used, clippy::indexing_slicing))]
-
 use crate::aperture::Aperture;
 use crate::call::{Call, HandleChange, Owned};
 use crate::cancel::Cancel;
