@@ -1,7 +1,7 @@
 //! Programs that tasks run: start one, wait for it, and turn every way it can fail into one line.
 //! Every task uses it; it never prints anything itself.
 
-use std::io;
+use std::io::{self, Write};
 use std::process::{Command, Output, Stdio};
 
 /// Why a program did not do what a task needed of it.
@@ -33,6 +33,29 @@ pub fn capture(command: &mut Command) -> Result<Output, CommandError> {
         .stdin(Stdio::null())
         .output()
         .map_err(|source| not_started(command, source))?;
+    check(command, output)
+}
+
+/// Runs `command` to its end with `input` as its standard input, and gives its standard output.
+pub fn filter(command: &mut Command, input: &[u8]) -> Result<Vec<u8>, CommandError> {
+    let mut child = command
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .map_err(|source| not_started(command, source))?;
+    let stdin = child.stdin.take();
+    let output = std::thread::scope(|scope| {
+        // A program that stops reading says why by its exit status.
+        scope.spawn(move || stdin.map(|mut stdin| stdin.write_all(input)));
+        child.wait_with_output()
+    });
+    let output = output.map_err(|source| not_started(command, source))?;
+    Ok(check(command, output)?.stdout)
+}
+
+/// The output of a program that has ended, or the error if it failed.
+fn check(command: &Command, output: Output) -> Result<Output, CommandError> {
     if output.status.success() {
         return Ok(output);
     }

@@ -17,7 +17,8 @@ pub const TESTBED: &[&str] = &[
     "libgl1-mesa-dri", // ... on the processor (llvmpipe): what virgl renders with
     "busybox-static",  // the console of --shell
     "binutils",        // strip
-    "xz-utils",        // the compression of Debian's kernel
+    "xz-utils",        // the compression of Debian 12's kernel ...
+    "zstd",            // ... and of later ones
 ];
 
 /// The kernels whose headers the tables of ioctls are compared with (`protocol/tests/headers.rs`).

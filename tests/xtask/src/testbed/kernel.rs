@@ -3,9 +3,8 @@
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
-use std::io::Write;
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::Command;
 
 use super::{Error, file_error, progress};
 use crate::command;
@@ -219,7 +218,7 @@ fn place_module(
     let shipped = files
         .get(name)
         .ok_or_else(|| Error::NoModule(name.to_owned()))?;
-    let module = decompress(fs::read(shipped).map_err(file_error("read", *shipped))?)?;
+    let module = decompress(&fs::read(shipped).map_err(file_error("read", *shipped))?)?;
     for dependency in module_dependencies(&module) {
         place_module(&dependency, files, folder, order)?;
     }
@@ -278,7 +277,7 @@ fn files_below(folder: &Path) -> Result<Vec<PathBuf>, Error> {
 const COMPRESSIONS: &[(&[u8], &[&str])] = &[
     (
         &[0xfd, b'7', b'z', b'X', b'Z', 0],
-        &["xz", "--decompress", "--stdout", "--single-stream"],
+        &["xz", "--decompress", "--stdout"],
     ),
     (
         &[0x28, 0xb5, 0x2f, 0xfd],
@@ -288,29 +287,17 @@ const COMPRESSIONS: &[(&[u8], &[&str])] = &[
 ];
 
 /// Gives `data` uncompressed, whatever it was compressed with.
-fn decompress(data: Vec<u8>) -> Result<Vec<u8>, Error> {
-    let Some((_, command)) = COMPRESSIONS
+fn decompress(data: &[u8]) -> Result<Vec<u8>, Error> {
+    let Some((_, program)) = COMPRESSIONS
         .iter()
         .find(|(magic, _)| data.starts_with(magic))
     else {
-        return Ok(data);
+        return Ok(data.to_vec());
     };
-    let mut program = Command::new(command[0]);
-    program
-        .args(&command[1..])
-        .stdin(Stdio::piped())
-        .stdout(Stdio::piped());
-    let mut child = program
-        .spawn()
-        .map_err(|source| command::not_started(&program, source))?;
-    let input = child.stdin.take();
-    let output = std::thread::scope(|scope| {
-        // What follows the compressed data is not read by the program: an error of this write is not one.
-        scope.spawn(move || input.map(|mut input| input.write_all(&data)));
-        child.wait_with_output()
-    });
-    let output = output.map_err(|source| command::not_started(&program, source))?;
-    Ok(output.stdout)
+    Ok(command::filter(
+        Command::new(program[0]).args(&program[1..]),
+        data,
+    )?)
 }
 
 /// Offsets in the setup header of a bzImage (Linux, Documentation/x86/boot.rst).
@@ -333,7 +320,14 @@ fn uncompressed_elf(bzimage: &Path) -> Result<Vec<u8>, Error> {
     };
     let image = fs::read(bzimage).map_err(file_error("read", bzimage))?;
     let payload = payload(&image).ok_or(unusable("it is not a bzImage"))?;
-    let elf = decompress(payload.to_vec())?;
+    // The kernel's build appends the uncompressed size to all but gzip, which has it anyway; it is not compressed data.
+    let compressed = match payload {
+        [0x1f, 0x8b, ..] => payload,
+        _ => payload
+            .split_last_chunk::<4>()
+            .map_or(payload, |(compressed, _size)| compressed),
+    };
+    let elf = decompress(compressed)?;
     loadable(&elf).ok_or(unusable("there is no 64-bit ELF kernel inside"))
 }
 
