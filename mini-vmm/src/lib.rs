@@ -35,6 +35,7 @@ pub mod memory;
 pub mod mptable;
 pub mod ports;
 pub mod registers;
+pub mod rlimit;
 pub mod serial;
 pub mod size;
 pub mod stop;

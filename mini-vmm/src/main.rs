@@ -16,7 +16,7 @@ use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::{
-    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, size, terminal,
+    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, rlimit, size, terminal,
 };
 
 /// Exit status of errors of usage and environment.
@@ -236,6 +236,11 @@ fn check_dump(path: &Path) -> Result<(), String> {
 fn run(options: Run) -> Result<u8, String> {
     let watch = |error| format!("cannot watch for signals: {error}");
     let signals = terminal::Signals::block().map_err(watch)?;
+    if let Err(error) = rlimit::raise_open_files() {
+        log::warn!(
+            "guests get fewer buffer objects: cannot raise the limit on open files: {error}"
+        );
+    }
     let output: Box<dyn Write + Send> = if options.json {
         Box::new(io::stderr())
     } else {
