@@ -23,6 +23,26 @@ fn encode_png(picture: &Picture, output: impl Write) -> io::Result<()> {
     Ok(writer.finish()?)
 }
 
+/// Reads a PNG of eight bits for each of red, green, blue and alpha.
+pub fn read_png(path: &Path) -> io::Result<Picture> {
+    decode_png(io::BufReader::new(File::open(path)?))
+}
+
+fn decode_png(input: impl io::BufRead + io::Seek) -> io::Result<Picture> {
+    let mut reader = png::Decoder::new(input).read_info()?;
+    let size = reader.output_buffer_size().unwrap_or(0);
+    let mut rgba = vec![0; size];
+    let info = reader.next_frame(&mut rgba)?;
+    if (info.color_type, info.bit_depth) != (png::ColorType::Rgba, png::BitDepth::Eight) {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    Ok(Picture {
+        width: info.width,
+        height: info.height,
+        rgba,
+    })
+}
+
 /// Writes the picture's bytes alone: four for each pixel, row after row.
 pub fn write_rgba(picture: &Picture, path: &Path) -> io::Result<()> {
     fs::write(path, &picture.rgba)
@@ -62,12 +82,7 @@ mod tests {
         };
         let mut bytes = Vec::new();
         encode_png(&picture, &mut bytes).unwrap();
-        let mut reader = png::Decoder::new(io::Cursor::new(bytes))
-            .read_info()
-            .unwrap();
-        let mut pixels = vec![0; reader.output_buffer_size().unwrap()];
-        let info = reader.next_frame(&mut pixels).unwrap();
-        assert_eq!((info.width, info.height), (3, 2));
-        assert_eq!(pixels, picture.rgba);
+        let back = decode_png(io::Cursor::new(bytes)).unwrap();
+        assert_eq!(back, picture);
     }
 }

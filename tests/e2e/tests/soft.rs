@@ -1,9 +1,11 @@
 //! The embedded GPU behind guest driver and host proxy, in one process: the demo's picture without a VM.
 
+use std::path::Path;
 use std::sync::Arc;
 use std::time::Duration;
 
 use pvgpu_e2e::loopback_file::LoopbackFile;
+use pvgpu_e2e::picture_file;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::{selftest, soft};
 
@@ -16,6 +18,17 @@ fn the_embedded_gpu_draws_the_demos_picture_and_again_the_same() {
     let first = soft::draw(&mut open(SoftConfig::default()), &mut |_, _| {}).unwrap();
     let second = soft::draw(&mut open(SoftConfig::default()), &mut |_, _| {}).unwrap();
     assert!(first == second, "two GPUs drew different pictures");
+}
+
+#[test]
+fn the_picture_in_the_readme_is_the_demos() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../docs/demo.png");
+    let shown = picture_file::read_png(&path).unwrap();
+    let drawn = soft::draw(&mut open(SoftConfig::default()), &mut |_, _| {}).unwrap();
+    assert!(
+        shown == drawn,
+        "docs/demo.png is old: `cargo xtask demo --output docs/demo.png` writes it"
+    );
 }
 
 #[test]
