@@ -22,12 +22,13 @@ pub(crate) enum Malformed {
     Broken,
 }
 
-/// Copies the chain's readable bytes into `request`, at most `limit` of them.
+/// Copies the chain's readable bytes to the start of `buffer`, at most `limit` of them, and returns how many. What lies
+/// behind them is of earlier requests: the buffer only grows, since clearing it costs as much as the copy.
 pub(crate) fn copy_in<M>(
     chain: DescriptorChain<M>,
-    request: &mut Vec<u8>,
+    buffer: &mut Vec<u8>,
     limit: usize,
-) -> Result<Writable, (u16, Malformed)>
+) -> Result<(Writable, usize), (u16, Malformed)>
 where
     M: Deref<Target = GuestMemoryMmap> + Clone,
 {
@@ -37,7 +38,7 @@ where
         buffers: Vec::with_capacity(1),
         length: 0,
     };
-    request.clear();
+    let mut copied = 0;
     let memory = chain.clone();
     for descriptor in chain {
         let length = usize::try_from(descriptor.len()).map_err(|_| (head, Malformed::TooLong))?;
@@ -49,18 +50,21 @@ where
         if !writable.buffers.is_empty() {
             return Err((head, Malformed::Broken));
         }
-        let start = request.len();
-        if length > limit.saturating_sub(start) {
+        if length > limit.saturating_sub(copied) {
             return Err((head, Malformed::TooLong));
         }
-        request.resize(start + length, 0);
-        let target = request.get_mut(start..).unwrap_or_default();
+        let range = copied..copied + length;
+        if buffer.len() < range.end {
+            buffer.resize(range.end, 0);
+        }
+        copied = range.end;
+        let target = buffer.get_mut(range).unwrap_or_default();
         memory
             .memory()
             .read_slice(target, descriptor.addr())
             .map_err(|_| (head, Malformed::Broken))?;
     }
-    Ok(writable)
+    Ok((writable, copied))
 }
 
 impl Writable {

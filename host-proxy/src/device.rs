@@ -182,6 +182,8 @@ struct RequestQueue {
     index: u16,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     queue: Mutex<Queue>,
+    /// Where requests are copied to, while no thread is at it.
+    buffer: Mutex<Vec<u8>>,
     interrupt: Arc<dyn Interrupt>,
     counters: Arc<Counters>,
     trace: Option<Arc<Trace>>,
@@ -282,6 +284,7 @@ impl Device {
                     index,
                     memory: memory.clone(),
                     queue: Mutex::new(queue),
+                    buffer: Mutex::default(),
                     interrupt: Arc::clone(&interrupt),
                     counters: Arc::clone(&self.counters),
                     trace: self.trace.clone(),
@@ -379,7 +382,7 @@ impl RequestQueue {
 
     /// The queue's thread: handles requests, polls for more, then sleeps until the doorbell rings.
     fn serve(self: &Arc<Self>, session: &Session, eventfd: &EventFd, longest: Duration) {
-        let mut request = Vec::new();
+        let mut buffer = Vec::new();
         // Polling adapts: as long as requests come while it polls, it goes on; otherwise it polls less.
         let mut poll = longest;
         while !self.closing.load(Ordering::Acquire) {
@@ -387,7 +390,7 @@ impl RequestQueue {
             let deadline = Instant::now() + poll;
             let found = loop {
                 // The clock may cost a system call: it is read once in a while.
-                if (0..CLOCK_PERIOD).any(|_| self.handle_available(session, &mut request)) {
+                if (0..CLOCK_PERIOD).any(|_| self.handle_available(session, &mut buffer)) {
                     break true;
                 }
                 if self.closing.load(Ordering::Acquire) {
@@ -412,14 +415,17 @@ impl RequestQueue {
 
     /// Handles requests on the calling thread until there are no more.
     fn drain(self: &Arc<Self>, session: &Session) {
-        let mut request = Vec::new();
+        let spare = || self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut buffer = std::mem::take(&mut *spare());
         loop {
             self.set_notification(false);
-            while self.handle_available(session, &mut request) {}
+            self.handle_available(session, &mut buffer);
+            // Asking for doorbells tells whether there are more.
             if self.closing.load(Ordering::Acquire) || !self.set_notification(true) {
-                return;
+                break;
             }
         }
+        *spare() = buffer;
     }
 
     /// Asks the guest for doorbells, or not to ring any. Returns whether requests are there already.
@@ -456,7 +462,7 @@ impl RequestQueue {
 
     /// Handles the requests that are there now, at most a queue full of them, then interrupts the guest once if it
     /// wants that. Returns whether there was any.
-    fn handle_available(self: &Arc<Self>, session: &Session, request: &mut Vec<u8>) -> bool {
+    fn handle_available(self: &Arc<Self>, session: &Session, buffer: &mut Vec<u8>) -> bool {
         let memory = self.memory.memory();
         let limit = usize::try_from(session.limits().message).unwrap_or(usize::MAX);
         let mut used = false;
@@ -473,13 +479,13 @@ impl RequestQueue {
                 return false;
             }
             // Another vCPU may have taken the last ones meanwhile.
-            let Some(chain) = self.lock().pop_descriptor_chain(memory.clone()) else {
+            let Some(chain) = self.lock().pop_descriptor_chain(&*memory) else {
                 break;
             };
             found = true;
-            let writable = match copy_in(chain, request, limit) {
-                Ok(writable) if writable.length() >= RESPONSE_HEADER => writable,
-                Ok(writable) => {
+            let (writable, length) = match copy_in(chain, buffer, limit) {
+                Ok(copied) if copied.0.length() >= RESPONSE_HEADER => copied,
+                Ok((writable, _)) => {
                     self.discard(&memory, writable.head());
                     continue;
                 }
@@ -488,12 +494,13 @@ impl RequestQueue {
                     continue;
                 }
             };
+            let request = buffer.get(..length).unwrap_or_default();
             let arrival = self.trace.as_ref().map(|_| Instant::now());
             let room = writable.length();
             let mut later = Some(writable);
             let response = session.perform(request, room, || {
                 let (queue, writable) = (Arc::clone(self), later.take());
-                let traced = self.trace.is_some().then(|| request.clone());
+                let traced = self.trace.is_some().then(|| request.to_vec());
                 Box::new(move |response| {
                     let Some(writable) = writable else { return };
                     let memory = queue.memory.memory();
