@@ -55,8 +55,8 @@ pub struct Row {
     pub title: String,
     /// The guest's name for it.
     pub measure: String,
-    /// The guest's name of what it is compared with.
-    pub floor: Option<String>,
+    /// The guest's names of what it is compared with, together.
+    pub floor: Vec<String>,
     /// Requests, or other things of interest, in one operation.
     pub per_operation: u32,
     /// Bytes that one operation copies.
@@ -71,7 +71,7 @@ impl Row {
             group,
             title: title.into(),
             measure: measure.into(),
-            floor: None,
+            floor: Vec::new(),
             per_operation: 1,
             bytes: None,
             goal: None,
@@ -79,7 +79,7 @@ impl Row {
     }
 
     fn above(mut self, floor: impl Into<String>) -> Self {
-        self.floor = Some(floor.into());
+        self.floor.push(floor.into());
         self
     }
 
@@ -179,15 +179,16 @@ pub fn runs(driver: &str) -> Vec<(Run, Vec<Row>)> {
         );
         for size in PAYLOADS {
             // Inline, one processor does everything; polled, all bytes also pass from one processor's cache to another's.
-            let row = |how| {
+            let row = |how, floor: &str| {
                 let (title, measure) =
                     (format!("{}, {how}", bytes(size)), format!("payload_{size}"));
                 Row::new(PAYLOAD, title, measure)
+                    .above(floor)
                     .above(format!("memcpy_{size}"))
                     .bytes(size)
             };
-            inline.push(row("inline"));
-            polled.push(row("polled on both sides"));
+            inline.push(row("inline", "mmio_exit"));
+            polled.push(row("polled on both sides", "polled_line"));
         }
     } else {
         let native = Row::new(
@@ -277,12 +278,20 @@ pub fn line(
     let uses_gpu = sample.uses_gpu;
     let doorbells = sample.doorbells_of_one();
     let best = best(&times);
-    let mut floor = None;
-    if let Some(name) = &row.floor {
+    let mut floor: Option<Floor> = None;
+    for name in &row.floor {
         let title = rows.iter().find(|row| row.measure == *name);
-        floor = Some(Floor {
-            title: title.map_or(name.clone(), |row| row.title.clone()),
-            best_ns: self::best(&find(name)?.each(1)),
+        let title = title.map_or(name.as_str(), |row| &row.title);
+        let best_ns = self::best(&find(name)?.each(1));
+        floor = Some(match floor {
+            None => Floor {
+                title: title.to_owned(),
+                best_ns,
+            },
+            Some(floor) => Floor {
+                title: format!("{} + {title}", floor.title),
+                best_ns: floor.best_ns + best_ns,
+            },
         });
     }
     let ratio = floor.as_ref().map(|floor| match row.goal {
@@ -371,6 +380,16 @@ mod tests {
         assert_eq!((line.median_ns, line.best_ns), (220.0, 200.0));
         assert!(line.goal.unwrap().met);
         assert_eq!(line.doorbells, Some(1.0));
+    }
+
+    #[test]
+    fn a_floor_of_two_parts_is_their_sum() {
+        let row = Row::new("", "x", "nop").above("floor").above("floor");
+        let floor = line(&RUN, &row, &[], &samples()).unwrap().floor.unwrap();
+        assert_eq!(
+            (floor.title.as_str(), floor.best_ns),
+            ("floor + floor", 200.0)
+        );
     }
 
     #[test]
