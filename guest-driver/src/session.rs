@@ -177,7 +177,12 @@ impl<C: Channel> Session<C> {
         let now = self.channel.now_ns();
         let (mut request, mut response) = (IOCTL_ROOM, IOCTL_ROOM);
         let mut layout = Layout::default();
+        let limit = usize::try_from(self.host.limits.message).unwrap_or(usize::MAX);
         let slot = loop {
+            // The proxy would return a longer request unanswered.
+            if request.saturating_add(IOCTL_HEADER) > limit {
+                return Err(Errno::E2BIG);
+            }
             let slot = self
                 .channel
                 .begin(IOCTL_HEADER + request, RESPONSE_HEADER + response)?;

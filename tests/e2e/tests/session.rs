@@ -204,6 +204,26 @@ fn a_pointer_count_over_its_limit_is_e2big() {
 }
 
 #[test]
+fn an_ioctl_longer_than_the_guests_limit_is_e2big() {
+    let limits = Limits {
+        message: 4096,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let commands = [0u8; 4096];
+    let mut exec = Execbuffer {
+        size: 4096,
+        command: commands.as_ptr() as u64,
+        ..Default::default()
+    };
+    let result =
+        guest.without_reaching_the_driver(|guest| guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec));
+    assert_eq!(result, Err(Errno::E2BIG));
+    exec.size = 2048;
+    assert_eq!(guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec), Ok(0));
+}
+
+#[test]
 fn an_array_that_was_not_sent_is_einval() {
     let mut guest = Guest::new();
     let exec = Execbuffer {
