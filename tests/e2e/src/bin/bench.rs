@@ -76,7 +76,11 @@ fn open(driver: &str) -> Result<Opened, Box<dyn std::error::Error>> {
     if driver == "soft" {
         return Ok((Arc::new(SoftDriver::new(SoftConfig::default())?), None));
     }
-    let node = drm_ioctl::find(driver, Kind::Render)?;
+    let node = drm_ioctl::find(driver, Kind::Render).map_err(|error| {
+        format!(
+            "no DRM node of {driver} here ({error}): measure it in the testbed, or --driver soft"
+        )
+    })?;
     let host_driver = DrmDriver::new(&node.path)?;
     Ok((Arc::new(host_driver), Some(node)))
 }
