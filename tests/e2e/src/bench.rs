@@ -185,7 +185,6 @@ pub fn runs(driver: &str) -> Vec<(Run, Vec<Row>)> {
                 Row::new(PAYLOAD, title, measure)
                     .above(floor)
                     .above(format!("memcpy_{size}"))
-                    .bytes(size)
             };
             inline.push(row("inline", "mmio_exit"));
             polled.push(row("polled on both sides", "polled_line"));
