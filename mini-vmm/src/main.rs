@@ -10,6 +10,7 @@ use std::process::ExitCode;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
@@ -175,12 +176,22 @@ fn usage(error: &clap::Error) -> ExitCode {
             Err(_) => ExitCode::FAILURE,
         };
     }
+    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
+        eprintln!("mini-vmm: say what to do, run or check; see mini-vmm --help");
+        return ExitCode::from(USAGE);
+    }
     let text = error.to_string();
     let cause = text.split("\n\n").next().unwrap_or_default();
     let cause: Vec<&str> = cause.lines().map(str::trim).collect();
     let cause = cause.join(" ");
+    let command = std::env::args().nth(1);
+    let command = match command.as_deref() {
+        Some("run") => "run ",
+        Some("check") => "check ",
+        _ => "",
+    };
     eprintln!(
-        "mini-vmm: {}; see mini-vmm --help",
+        "mini-vmm: {}; see mini-vmm {command}--help",
         cause.trim_start_matches("error: ")
     );
     ExitCode::from(USAGE)
@@ -281,23 +292,33 @@ fn run(options: Run) -> Result<u8, String> {
         Ending::Exit { .. } | Ending::Reset | Ending::Stopped { .. } => {}
     }
     if options.json {
-        println!(
-            "{}",
-            serde_json::to_string(&outcome).map_err(|error| error.to_string())?
-        );
+        let json = serde_json::to_string(&outcome).map_err(|error| error.to_string())?;
+        print(&format!("{json}\n"))?;
     }
     Ok(outcome.exit_code)
+}
+
+/// Writes `text` to standard output. That nobody reads it any more (`mini-vmm check | head`) is no error.
+fn print(text: &str) -> Result<(), String> {
+    let mut output = io::stdout();
+    match output
+        .write_all(text.as_bytes())
+        .and_then(|()| output.flush())
+    {
+        Err(error) if error.kind() != io::ErrorKind::BrokenPipe => Err(format!(
+            "cannot write to standard output: {error}; send it to a file or a program that takes it"
+        )),
+        _ => Ok(()),
+    }
 }
 
 fn run_check(options: &Check) -> Result<u8, String> {
     let report = check::check(&options.kvm, check::GPU_NODES.as_ref());
     if options.json {
-        println!(
-            "{}",
-            serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?
-        );
+        let json = serde_json::to_string_pretty(&report).map_err(|error| error.to_string())?;
+        print(&format!("{json}\n"))?;
     } else {
-        print!("{report}");
+        print(&report.to_string())?;
     }
     Ok(if report.ok { 0 } else { USAGE })
 }

@@ -2,6 +2,7 @@
 
 mod kernels;
 
+use std::fs::File;
 use std::io::Write;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
@@ -254,11 +255,11 @@ fn missing_kvm_is_named_with_a_remedy() {
 fn options_that_are_missing_or_unknown_are_one_line_errors() {
     refused(
         &mini_vmm().arg("run").output().unwrap(),
-        &["--kernel", "see mini-vmm --help"],
+        &["--kernel", "see mini-vmm run --help"],
     );
     refused(
         &mini_vmm().args(["run", "--frob"]).output().unwrap(),
-        &["--frob", "see mini-vmm --help"],
+        &["--frob", "see mini-vmm run --help"],
     );
 }
 
@@ -276,6 +277,33 @@ fn help_names_the_exit_codes_and_version_the_version() {
         String::from_utf8_lossy(&output.stdout).trim(),
         concat!("mini-vmm ", env!("CARGO_PKG_VERSION"))
     );
+}
+
+#[test]
+fn without_a_command_the_commands_are_named() {
+    refused(
+        &mini_vmm().output().unwrap(),
+        &["run or check", "see mini-vmm --help"],
+    );
+}
+
+#[test]
+fn a_report_that_cannot_be_written_is_an_error_and_one_that_nobody_reads_is_none() {
+    let full = File::options().write(true).open("/dev/full").unwrap();
+    for arguments in [&["check"][..], &["check", "--json"]] {
+        let output = mini_vmm()
+            .args(arguments)
+            .stdout(full.try_clone().unwrap())
+            .output()
+            .unwrap();
+        refused(&output, &["standard output", "No space left"]);
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let arguments = [arguments, &["--kvm", "/nonexistent"]].concat();
+        let output = mini_vmm().args(arguments).stdout(writer).output().unwrap();
+        assert_eq!(output.status.code(), Some(2), "as without a reader");
+        assert!(output.stderr.is_empty());
+    }
 }
 
 #[test]
