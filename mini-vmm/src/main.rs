@@ -82,7 +82,7 @@ struct Run {
     /// How many seconds a submission may run on the embedded GPU before the GPU is reset.
     #[arg(long, value_name = "SECONDS", default_value_t = SoftConfig::default().watchdog.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
     watchdog: u64,
-    /// Record every GPU request and its result in this file.
+    /// Record every GPU request and its result in this file; `cargo xtask trace FILE` prints it.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
     /// File that the guest's memory dumps replace (see the debug device).

@@ -10,6 +10,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::command::{self, CommandError};
 use crate::programs::{self, BuildError};
+use crate::say::say;
 use crate::testbed;
 
 /// What `cargo xtask bench` can be told.
@@ -123,12 +124,12 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     };
     match measure() {
         Ok(all) if arguments.json => {
-            println!("{}", serde_json::json!({ "machines": all }));
+            say!("{}", serde_json::json!({ "machines": all }));
             ExitCode::SUCCESS
         }
         Ok(all) => {
-            all.iter().for_each(|results| print!("{}", table(results)));
-            println!(
+            all.iter().for_each(|results| say!("{}", table(results)));
+            say!(
                 "Times vary with the machine and with what else it does; ratios are what to compare. Best and median are of \
                  {} batches,\nratios are of the best. docs/performance.md says how each is measured.",
                 arguments.rounds
@@ -274,7 +275,6 @@ fn table(results: &Results) -> String {
             let _ = writeln!(text, "{}", row.trim_end());
         }
     }
-    text.push('\n');
     text
 }
 

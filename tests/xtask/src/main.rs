@@ -12,8 +12,10 @@ mod docs;
 mod lock_file;
 mod packages;
 mod programs;
+mod say;
 mod test;
 mod testbed;
+mod trace;
 
 /// The project's tasks.
 #[derive(Parser)]
@@ -36,6 +38,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
+    /// Print what `mini-vmm run --trace` recorded, a line per request
+    Trace(trace::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -45,5 +49,6 @@ fn main() -> ExitCode {
         Task::Docs(arguments) => docs::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Trace(arguments) => trace::run(&arguments),
     }
 }

@@ -5,6 +5,7 @@
 
 use crate::lock_file;
 use crate::packages;
+use crate::say::say;
 use crate::testbed;
 use clap::Parser;
 use std::path::Path;
@@ -94,7 +95,7 @@ const STEPS: &[Step] = &[
 pub fn run(arguments: &Arguments) -> ExitCode {
     if arguments.list {
         for step in STEPS {
-            println!("{:10} {}", step.name, step.what);
+            say!("{:10} {}", step.name, step.what);
         }
         return ExitCode::SUCCESS;
     }
@@ -111,7 +112,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
         if !chosen {
             continue;
         }
-        println!("== {}: {}", step.name, step.what);
+        say!("== {}: {}", step.name, step.what);
         let start = Instant::now();
         let result = (step.run)(&workspace);
         if let Err(reason) = &result {
@@ -119,10 +120,10 @@ pub fn run(arguments: &Arguments) -> ExitCode {
         }
         results.push((step.name, result.is_ok(), start.elapsed()));
     }
-    println!("== summary");
+    say!("== summary");
     for (name, passed, time) in &results {
         let verdict = if *passed { "ok" } else { "FAILED" };
-        println!("{verdict:6} {name:10} {:6.1} s", time.as_secs_f64());
+        say!("{verdict:6} {name:10} {:6.1} s", time.as_secs_f64());
     }
     match results.iter().all(|(_, passed, _)| *passed) {
         true => ExitCode::SUCCESS,

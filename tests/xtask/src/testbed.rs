@@ -15,6 +15,7 @@ use clap::Args;
 use crate::command::CommandError;
 use crate::packages::{self, PackageError};
 use crate::programs::{self, BuildError};
+use crate::say::say;
 pub use machine::{Ended, Machine};
 use report::Report;
 
@@ -255,16 +256,16 @@ fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
     let mut report = Report::default();
     let ended = machine.run(&words, Duration::from_secs(arguments.time_limit), |line| {
         if report.line(line) && !arguments.json {
-            println!("{line}");
+            say!("{line}");
         }
     })?;
     report.exit(code(machine, ended, arguments.time_limit, || {
         report.doing()
     })?);
     if arguments.json {
-        println!("{}", report.json(&machine.version, started.elapsed()));
+        say!("{}", report.json(&machine.version, started.elapsed()));
     } else {
-        println!(
+        say!(
             "{} ({:.1} s)",
             report.summary(),
             started.elapsed().as_secs_f64()
@@ -276,9 +277,7 @@ fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
 /// Runs one command of L1 and prints what it writes. Gives the command's exit code.
 fn program(machine: &Machine, line: &str, seconds: u64) -> Result<u8, Error> {
     let words = ["busybox", "sh", "-c", line];
-    let ended = machine.run(&words, Duration::from_secs(seconds), |line| {
-        println!("{line}")
-    })?;
+    let ended = machine.run(&words, Duration::from_secs(seconds), |line| say!("{line}"))?;
     code(machine, ended, seconds, || format!("during `{line}`"))
 }
 
