@@ -11,7 +11,8 @@ use crate::programs::{self, DEMO, TEST_GUEST};
 /// What the demo can be told.
 #[derive(clap::Args)]
 #[command(
-    after_help = "Exit code 0: the picture is there. 1: the guest failed. 2: this machine lacks something."
+    after_help = "Exit code 0: the picture is there. 1: the guest failed. 2: this machine lacks something, or FILE cannot be \
+written."
 )]
 pub struct Arguments {
     /// Where the picture goes
@@ -43,6 +44,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
         .status();
     match status {
         Ok(status) if status.success() => ExitCode::SUCCESS,
+        Ok(status) if status.code() == Some(2) => ExitCode::from(2),
         Ok(_) => ExitCode::FAILURE,
         Err(error) => {
             eprintln!("error: cannot start the demo: {error}");

@@ -1,6 +1,8 @@
 //! `demo GUEST PNG`: boots the test guest with the embedded GPU, tells what it does, and writes the picture that it drew
 //! and read back. `cargo xtask demo` builds and starts it.
 
+use std::fs::File;
+use std::io::{self, Write};
 use std::path::Path;
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -10,12 +12,29 @@ use pvgpu_e2e::{guest_vm, picture_file};
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 
+/// Like `println!`, but goes on when nobody reads it any more (`| head`): what the demo is about is the picture.
+macro_rules! tell {
+    ($($argument:tt)*) => {{ let _ = writeln!(io::stdout(), $($argument)*); }};
+}
+
 fn main() -> ExitCode {
     let arguments: Vec<String> = std::env::args().skip(1).collect();
     let [guest, png] = arguments.as_slice() else {
         eprintln!("usage: demo GUEST PNG");
         return ExitCode::from(2);
     };
+    // Before the guest draws for nobody.
+    if let Err(error) = File::options()
+        .write(true)
+        .create(true)
+        .truncate(false)
+        .open(png)
+    {
+        eprintln!(
+            "demo: cannot write {png}: {error}; say with --output FILE where the picture may go"
+        );
+        return ExitCode::from(2);
+    }
     match run(Path::new(guest), Path::new(png)) {
         Ok(()) => ExitCode::SUCCESS,
         Err(error) => {
@@ -28,7 +47,7 @@ fn main() -> ExitCode {
 fn run(guest: &Path, png: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let driver = Arc::new(SoftDriver::new(SoftConfig::default())?);
     let start = Instant::now();
-    println!("The guest opens the GPU, draws, waits, and reads its picture back:");
+    tell!("The guest opens the GPU, draws, waits, and reads its picture back:");
     let run = guest_vm::run(
         guest,
         "scenario=draw",
@@ -38,8 +57,8 @@ fn run(guest: &Path, png: &Path) -> Result<(), Box<dyn std::error::Error>> {
             .strip_prefix("step ")
             .and_then(|step| step.rsplit_once(": "))
         {
-            Some((step, time)) => println!("  {step:52} {time:>16}"),
-            None => println!("  {line}"),
+            Some((step, time)) => tell!("  {step:52} {time:>16}"),
+            None => tell!("  {line}"),
         },
     )?;
     let elapsed = start.elapsed();
@@ -49,13 +68,14 @@ fn run(guest: &Path, png: &Path) -> Result<(), Box<dyn std::error::Error>> {
     let picture = run
         .picture
         .ok_or("the guest ended without dumping a picture")?;
-    picture_file::write_png(&picture, png)?;
+    picture_file::write_png(&picture, png)
+        .map_err(|error| format!("cannot write {}: {error}", png.display()))?;
     let exits = &run.outcome.exits;
-    println!(
+    tell!(
         "What that took, from power-on to exit in {:.0} ms:",
         elapsed.as_secs_f64() * 1e3
     );
-    println!(
+    tell!(
         "  exits: {} doorbells, {} other register accesses, {} port accesses (console, boot)",
         run.outcome.doorbell_exits,
         (exits.mmio_reads + exits.mmio_writes).saturating_sub(run.outcome.doorbell_exits),
@@ -68,13 +88,13 @@ fn run(guest: &Path, png: &Path) -> Result<(), Box<dyn std::error::Error>> {
             .filter(|(_, count)| *count > 0)
             .map(|(name, count)| format!("{count} {name}"))
             .collect();
-        println!(
+        tell!(
             "  requests: {} ({}), {} interrupts",
             gpu.completed,
             operations.join(", "),
             gpu.interrupts
         );
     }
-    println!("The picture is in {}", png.display());
+    tell!("The picture is in {}", png.display());
     Ok(())
 }
