@@ -16,11 +16,12 @@ use crate::testbed;
 /// What `cargo xtask bench` can be told.
 #[derive(clap::Args)]
 #[command(
-    long_about = "Boots the test guest and measures, with the guest's clock, what requests, copies and doorbells cost. \
+    after_help = "Boots the test guest and measures, with the guest's clock, what requests, copies and doorbells cost. \
 Beside each number stands its floor, measured by the same guest in the same run: what any proxy could reach at best.\n\n\
 Absolute times depend on the machine and on what else it does: compare ratios, on a machine that is quiet. No number \
-makes this task fail; a missing one does.",
-    after_help = "Exit code 0: everything was measured. For the parts of a request on the host alone: `cargo bench`."
+makes this task fail; a missing one does.\n\n\
+Exit code 0: everything was measured; 1: something was not. docs/performance.md says more; for what the proxy alone \
+takes: `cargo bench -p pvgpu-host-proxy`."
 )]
 pub struct Arguments {
     /// Print one JSON object instead of a table
