@@ -9,6 +9,7 @@
 use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, FromRawFd, OwnedFd};
+use std::sync::Arc;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 /// Size of a page: buffer objects are whole pages.
@@ -22,17 +23,17 @@ pub(super) struct OutOfBounds;
 #[derive(Debug)]
 pub(super) struct Memory {
     region: MmapRegion,
-    file: File,
+    file: Arc<File>,
 }
 
 impl Memory {
     /// Makes `size` bytes of zeros; `size` must be a multiple of [`PAGE`] and not zero.
     pub(super) fn new(size: u64) -> io::Result<Self> {
         let length = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
-        let file = memfd()?;
+        let file = Arc::new(memfd()?);
         file.set_len(size)?;
         seal(&file)?;
-        let offset = FileOffset::new(file.try_clone()?, 0);
+        let offset = FileOffset::from_arc(Arc::clone(&file), 0);
         let region = MmapRegion::from_file(offset, length)
             .map_err(|_| io::Error::from(io::ErrorKind::OutOfMemory))?;
         Ok(Self { region, file })
@@ -106,6 +107,19 @@ mod tests {
         assert!(file.set_len(0).is_err());
         assert!(file.set_len(2 * PAGE).is_err());
         assert_eq!(file.metadata().unwrap().len(), PAGE);
+    }
+
+    #[test]
+    fn a_buffers_memory_takes_one_descriptor_of_this_process() {
+        use std::os::unix::fs::MetadataExt;
+        let memory = Memory::new(PAGE).unwrap();
+        let file = memory.file.metadata().unwrap();
+        let descriptors = std::fs::read_dir("/proc/self/fd").unwrap();
+        let same = descriptors.filter(|entry| {
+            let other = std::fs::metadata(entry.as_ref().unwrap().path());
+            other.is_ok_and(|other| (other.dev(), other.ino()) == (file.dev(), file.ino()))
+        });
+        assert_eq!(same.count(), 1);
     }
 
     #[test]
