@@ -13,11 +13,21 @@ use std::collections::BTreeMap;
 use std::io;
 use std::sync::{Mutex, PoisonError};
 
+/// Most mappings at a time (`ENOMEM`). With the holes between them they take twice as many of this process's mappings,
+/// of which Linux allows 65530 (`vm.max_map_count`); without any left, nothing could be unmapped and no thread started.
+const MAPPINGS_MAX: usize = 16_384;
+
 /// The reserved range and what is free in it.
 pub struct Aperture {
     reservation: Reservation,
+    ranges: Mutex<Ranges>,
+}
+
+struct Ranges {
     /// Free ranges: offset to length, in bytes, never adjacent to each other.
-    free: Mutex<BTreeMap<u64, u64>>,
+    free: BTreeMap<u64, u64>,
+    /// Number of the others, each a mapping.
+    taken: usize,
 }
 
 impl Aperture {
@@ -32,7 +42,10 @@ impl Aperture {
         }
         Ok(Self {
             reservation: Reservation::new(size)?,
-            free: Mutex::new(BTreeMap::from([(0, size)])),
+            ranges: Mutex::new(Ranges {
+                free: BTreeMap::from([(0, size)]),
+                taken: 0,
+            }),
         })
     }
 
@@ -46,9 +59,10 @@ impl Aperture {
         self.reservation.size()
     }
 
-    /// Maps `length` bytes and returns their offset; `ENOSPC` when no free range is that long.
+    /// Maps `length` bytes and returns their offset; `ENOSPC` when no free range is that long, `ENOMEM` when there are
+    /// [`MAPPINGS_MAX`] already.
     pub(crate) fn map(&self, mapping: &Mapping, length: u64) -> Result<u64, Errno> {
-        let offset = self.allocate(length).ok_or(Errno::ENOSPC)?;
+        let offset = self.allocate(length)?;
         match self.reservation.map(offset, length, mapping) {
             Ok(()) => Ok(offset),
             Err(error) => {
@@ -75,19 +89,28 @@ impl Aperture {
     }
 
     /// Takes the first free range that is long enough.
-    fn allocate(&self, length: u64) -> Option<u64> {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
-        let (&offset, &room) = free.iter().find(|(_, room)| **room >= length)?;
-        free.remove(&offset);
-        if room > length {
-            free.insert(offset + length, room - length);
+    fn allocate(&self, length: u64) -> Result<u64, Errno> {
+        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        if ranges.taken >= MAPPINGS_MAX {
+            return Err(Errno::ENOMEM);
         }
-        Some(offset)
+        let mut free = ranges.free.iter();
+        let (&offset, &room) = free
+            .find(|(_, room)| **room >= length)
+            .ok_or(Errno::ENOSPC)?;
+        ranges.free.remove(&offset);
+        if room > length {
+            ranges.free.insert(offset + length, room - length);
+        }
+        ranges.taken += 1;
+        Ok(offset)
     }
 
     /// Gives a range back and joins it with its free neighbours.
     fn release(&self, offset: u64, length: u64) {
-        let mut free = self.free.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
+        ranges.taken = ranges.taken.saturating_sub(1);
+        let free = &mut ranges.free;
         let (mut start, mut end) = (offset, offset + length);
         if let Some((&before, &room)) = free.range(..offset).next_back()
             && before + room == start
@@ -159,6 +182,19 @@ mod tests {
     }
 
     #[test]
+    fn a_guest_cannot_use_up_the_mappings_that_the_kernel_allows_this_process() {
+        let pages = u64::try_from(MAPPINGS_MAX).unwrap() + 1;
+        let aperture = Aperture::new(pages * PAGE_SIZE).unwrap();
+        let file = mapping(&memfd(1), 0);
+        for _ in 0..MAPPINGS_MAX {
+            aperture.map(&file, PAGE_SIZE).unwrap();
+        }
+        assert_eq!(aperture.map(&file, PAGE_SIZE), Err(Errno::ENOMEM));
+        aperture.unmap(0, PAGE_SIZE);
+        assert_eq!(aperture.map(&file, PAGE_SIZE), Ok(0));
+    }
+
+    #[test]
     fn neighbouring_free_ranges_become_one_again() {
         let aperture = Aperture::new(8 * PAGE_SIZE).unwrap();
         let file = memfd(1);
@@ -169,7 +205,7 @@ mod tests {
             aperture.unmap(offsets[index], PAGE_SIZE);
         }
         assert_eq!(
-            *aperture.free.lock().unwrap(),
+            aperture.ranges.lock().unwrap().free,
             BTreeMap::from([(0, 8 * PAGE_SIZE)])
         );
     }
