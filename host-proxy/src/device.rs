@@ -159,7 +159,6 @@ pub struct Device {
     driver: Arc<dyn HostDriver>,
     aperture: Option<Arc<Aperture>>,
     config: ConfigSpace,
-    doorbell: Doorbell,
     poll: Duration,
     limits: Limits,
     trace: Option<Arc<Trace>>,
@@ -215,7 +214,6 @@ impl Device {
                 version: VERSION.into(),
                 request_queues: config.request_queues.into(),
             },
-            doorbell: config.doorbell,
             poll: config.poll,
             limits: config.limits,
             trace: config.trace.map(|file| Arc::new(Trace::new(file))),
@@ -299,27 +297,35 @@ impl Device {
             self.limits,
             Arc::clone(&self.counters),
         );
-        // From here on, dropping `active` undoes everything.
-        let mut active = Active {
+        // From here on, a reset undoes everything.
+        self.active = Some(Active {
             session: Arc::new(session),
             queues,
             threads: Vec::new(),
             closing,
+        });
+        self.start_threads().map_err(|error| {
+            self.reset();
+            error.into()
+        })
+    }
+
+    /// Starts a thread for each queue that the guest has made ready, if this device has doorbells for them.
+    fn start_threads(&mut self) -> io::Result<()> {
+        let Some(active) = &mut self.active else {
+            return Ok(());
         };
-        if self.doorbell == Doorbell::Worker {
-            for (queue, eventfd) in active.queues.iter().zip(&self.eventfds) {
-                if !queue.lock().ready() {
-                    continue;
-                }
-                let (queue, session) = (Arc::clone(queue), Arc::clone(&active.session));
-                let (eventfd, poll) = (eventfd.try_clone()?, self.poll);
-                let thread = thread::Builder::new().name(format!("pvgpu-queue{}", queue.index));
-                active
-                    .threads
-                    .push(thread.spawn(move || queue.serve(&session, &eventfd, poll))?);
+        for (queue, eventfd) in active.queues.iter().zip(&self.eventfds) {
+            if !queue.lock().ready() {
+                continue;
             }
+            let (queue, session) = (Arc::clone(queue), Arc::clone(&active.session));
+            let (eventfd, poll) = (eventfd.try_clone()?, self.poll);
+            let thread = thread::Builder::new().name(format!("pvgpu-queue{}", queue.index));
+            active
+                .threads
+                .push(thread.spawn(move || queue.serve(&session, &eventfd, poll))?);
         }
-        self.active = Some(active);
         Ok(())
     }
 
