@@ -20,7 +20,7 @@ use pvgpu_protocol::{Errno, family};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
 use std::time::Duration;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -38,8 +38,10 @@ struct Shared {
     state: Mutex<State>,
     workers: Workers,
     counters: Arc<Counters>,
-    /// Bytes of all [`Charge`]s.
+    /// Bytes of GPU memory, the sum of its [`Charge`]s.
     memory: Arc<AtomicU64>,
+    /// Handles of all files, the sum of theirs.
+    handles: Arc<AtomicU64>,
 }
 
 #[derive(Default)]
@@ -80,32 +82,43 @@ struct File {
     host: Arc<dyn HostObject>,
     nonblocking: bool,
     handles: Mutex<Handles>,
+    /// Held shared by calls that create or export handles, alone by those that close some: what is booked for a number
+    /// is then what the host has under it. No such call waits.
+    table: RwLock<()>,
 }
 
-/// A file's handles with the GPU memory that they keep.
-type Handles = HashMap<(Space, u32), Vec<Arc<Charge>>>;
+/// A file's handles.
+type Handles = HashMap<(Space, u32), Handle>;
 
-/// GPU memory that counts against the guest's limit for as long as any handle or object keeps it.
+/// What is booked for a handle.
+struct Handle {
+    /// The GPU memory that it keeps.
+    memory: Vec<Arc<Charge>>,
+    /// Its place among the guest's handles.
+    _place: Option<Charge>,
+}
+
+/// What counts against a limit of the guest for as long as it is kept: GPU memory in bytes, or one handle.
 struct Charge {
-    bytes: u64,
+    amount: u64,
     total: Arc<AtomicU64>,
 }
 
 impl Charge {
-    /// Books so many bytes; `ENOMEM` over the limit.
-    fn new(total: &Arc<AtomicU64>, bytes: u64, limit: u64) -> Result<Arc<Self>, Errno> {
-        let add = |sum: u64| sum.checked_add(bytes).filter(|sum| *sum <= limit);
+    /// Books so much; `ENOMEM` over the limit.
+    fn new(total: &Arc<AtomicU64>, amount: u64, limit: u64) -> Result<Self, Errno> {
+        let add = |sum: u64| sum.checked_add(amount).filter(|sum| *sum <= limit);
         total
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
             .map_err(|_| Errno::ENOMEM)?;
         let total = Arc::clone(total);
-        Ok(Arc::new(Self { bytes, total }))
+        Ok(Self { amount, total })
     }
 }
 
 impl Drop for Charge {
     fn drop(&mut self) {
-        self.total.fetch_sub(self.bytes, Ordering::Relaxed);
+        self.total.fetch_sub(self.amount, Ordering::Relaxed);
     }
 }
 
@@ -118,7 +131,9 @@ impl File {
 /// What an ioctl is allowed to do.
 struct Admitted {
     /// The GPU memory that it allocates, or that the objects which it imports keep.
-    charges: Vec<Arc<Charge>>,
+    memory: Vec<Arc<Charge>>,
+    /// A place for each handle that it creates.
+    places: Vec<Charge>,
     /// The handles that it creates (not known yet) and closes.
     changes: Vec<HandleChange>,
 }
@@ -230,6 +245,7 @@ impl Session {
             workers: Workers::default(),
             counters,
             memory: Arc::default(),
+            handles: Arc::default(),
         }))
     }
 
@@ -466,6 +482,7 @@ impl Shared {
             host,
             nonblocking: flags & wire::open::NONBLOCK != 0,
             handles: Mutex::default(),
+            table: RwLock::default(),
         };
         self.insert(Object::File(Arc::new(file)))
     }
@@ -499,7 +516,7 @@ impl Shared {
         let session = Arc::clone(self);
         let run = move |cancel: &Cancel| {
             let mut call = call;
-            match session.admit(&file, &call) {
+            match session.admit(&call) {
                 Ok(admitted) => Response {
                     result: session.execute(&file, &mut call, admitted, cancel),
                     payload: Payload::Call(call),
@@ -512,32 +529,36 @@ impl Shared {
     }
 
     /// Holds a validated ioctl against the guest's limits, and books the memory that it is about to allocate.
-    fn admit(&self, file: &File, call: &Call) -> Result<Admitted, Errno> {
+    fn admit(&self, call: &Call) -> Result<Admitted, Errno> {
         let changes = call.handle_changes();
-        let creates = changes.iter().filter(|change| change.created).count();
-        let limit = usize::try_from(self.limits.handles).unwrap_or(usize::MAX);
-        require(
-            creates == 0 || file.handles().len() + creates <= limit,
-            Errno::ENOMEM,
-        )?;
+        let creates = changes.iter().filter(|change| change.created);
+        let places = creates
+            .map(|_| Charge::new(&self.handles, 1, self.limits.handles.into()))
+            .collect::<Result<Vec<_>, _>>()?;
         let state = self.state();
         if call.fds_out().next().is_some() {
             self.room_for_object(&state)?;
         }
-        let mut charges = Vec::new();
-        for (_, imported) in call.fds() {
-            let same = |object: &&Object| {
-                imported.is_some_and(|imported| Arc::ptr_eq(imported, object.host()))
-            };
-            if let Some(Object::Shared(_, kept)) = state.objects.values().find(same) {
-                charges.extend(kept.iter().cloned());
+        let mut memory = Vec::new();
+        for imported in call.fds().filter_map(|(_, imported)| imported) {
+            let same = |object: &&Object| Arc::ptr_eq(imported, object.host());
+            match state.objects.values().find(same) {
+                Some(Object::Shared(_, kept)) => memory.extend(kept.iter().cloned()),
+                Some(Object::File(_)) => {}
+                // Closed meanwhile, and with it went what a new handle would have to keep.
+                None => require(places.is_empty(), Errno::EBADF)?,
             }
         }
         let allocated = call.allocated_bytes();
         if allocated > 0 {
-            charges.push(Charge::new(&self.memory, allocated, self.limits.memory)?);
+            let charge = Charge::new(&self.memory, allocated, self.limits.memory)?;
+            memory.push(Arc::new(charge));
         }
-        Ok(Admitted { charges, changes })
+        Ok(Admitted {
+            memory,
+            places,
+            changes,
+        })
     }
 
     /// Performs an admitted ioctl and keeps the books of what it creates and closes.
@@ -545,9 +566,32 @@ impl Shared {
         &self,
         file: &File,
         call: &mut Call,
-        Admitted { charges, changes }: Admitted,
+        admitted: Admitted,
         cancel: &Cancel,
     ) -> Result<i32, Errno> {
+        let (result, exported) = self.execute_booked(file, call, admitted, cancel);
+        call.publish(|object| self.insert(Object::Shared(object, exported.clone())))?;
+        result
+    }
+
+    /// Performs an admitted ioctl; also tells what memory the objects keep that it gives out.
+    fn execute_booked(
+        &self,
+        file: &File,
+        call: &mut Call,
+        Admitted {
+            memory,
+            places,
+            changes,
+        }: Admitted,
+        cancel: &Cancel,
+    ) -> (Result<i32, Errno>, Vec<Arc<Charge>>) {
+        let closes = changes.iter().any(|change| !change.created);
+        let exports = call.fds_out().next().is_some() && call.gem_handles().next().is_some();
+        let alone = || file.table.write().unwrap_or_else(PoisonError::into_inner);
+        let shared = || file.table.read().unwrap_or_else(PoisonError::into_inner);
+        let _alone = closes.then(alone);
+        let _shared = (!closes && (exports || !places.is_empty())).then(shared);
         // A closed handle leaves the books first: the host may give its number to another call at once.
         let closed: Vec<_> = changes
             .iter()
@@ -557,20 +601,19 @@ impl Shared {
                 file.handles().remove(&key).map(|kept| (key, kept))
             })
             .collect();
-        let result = file.host.ioctl(call, cancel);
+        let exported = match exports {
+            true => exported_memory(file, call),
+            false => Ok(Vec::new()),
+        };
+        let (result, exported) = match exported {
+            Ok(exported) => (file.host.ioctl(call, cancel), exported),
+            Err(errno) => (Err(errno), Vec::new()),
+        };
         match result {
-            Ok(_) => record_created(file, call, charges),
+            Ok(_) => record_created(file, call, &memory, places),
             Err(_) => file.handles().extend(closed),
         }
-        let exported: Vec<_> = {
-            let handles = file.handles();
-            let named = call
-                .gem_handles()
-                .filter_map(|handle| handles.get(&(Space::Gem, handle)));
-            named.flatten().cloned().collect()
-        };
-        call.publish(|object| self.insert(Object::Shared(object, exported.clone())))?;
-        result
+        (result, exported)
     }
 
     fn map(&self, object: i32, map: &MapRequest) -> Result<MapResponse, Errno> {
@@ -697,14 +740,29 @@ impl Shared {
     }
 }
 
-/// Books the handles that a successful call has created; they keep the memory in `charges`.
-fn record_created(file: &File, call: &Call, charges: Vec<Arc<Charge>>) {
+/// The memory of the buffers that a call exports; `ENOENT` for one that was closed since it was checked.
+fn exported_memory(file: &File, call: &Call) -> Result<Vec<Arc<Charge>>, Errno> {
+    let handles = file.handles();
+    let mut memory = Vec::new();
+    for handle in call.gem_handles() {
+        let booked = handles.get(&(Space::Gem, handle)).ok_or(Errno::ENOENT)?;
+        memory.extend(booked.memory.iter().cloned());
+    }
+    Ok(memory)
+}
+
+/// Books the handles that a successful call has created; they keep `memory`.
+fn record_created(file: &File, call: &Call, memory: &[Arc<Charge>], places: Vec<Charge>) {
     let mut handles = file.handles();
+    let mut places = places.into_iter();
     for change in call.handle_changes() {
         if change.created && change.handle != 0 {
             // An import may return a handle that the file already has, which keeps what it kept.
             let key = (change.space, change.handle);
-            handles.entry(key).or_insert_with(|| charges.clone());
+            handles.entry(key).or_insert_with(|| Handle {
+                memory: memory.to_vec(),
+                _place: places.next(),
+            });
         }
     }
 }
@@ -739,3 +797,6 @@ impl Owned for OwnedBy<'_> {
             .map(|object| Arc::clone(object.host()))
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -69,7 +69,7 @@ pub struct Limits {
     pub mapped: u64,
     /// Bytes of GPU memory held by handles (`ENOMEM`).
     pub memory: u64,
-    /// GEM and syncobj handles of one file (`ENOMEM`).
+    /// GEM and syncobj handles of all files together (`ENOMEM`).
     pub handles: u32,
 }
 
