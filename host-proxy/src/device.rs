@@ -165,6 +165,7 @@ pub struct Device {
     queue_sizes: Vec<u16>,
     eventfds: Vec<EventFd>,
     counters: Arc<Counters>,
+    off: Arc<AtomicBool>,
     active: Option<Active>,
 }
 
@@ -188,6 +189,8 @@ struct RequestQueue {
     trace: Option<Arc<Trace>>,
     /// Set at reset: guest memory is no longer the device's.
     closing: Arc<AtomicBool>,
+    /// Set by the VMM that wants its threads back ([`Device::off_switch`]).
+    off: Arc<AtomicBool>,
     /// The guest has not set the queue up, or has broken its ring: left alone until the next activation.
     ignored: AtomicBool,
 }
@@ -220,6 +223,7 @@ impl Device {
             queue_sizes: vec![config.queue_size; queues],
             eventfds,
             counters: Arc::default(),
+            off: Arc::default(),
             active: None,
         })
     }
@@ -287,6 +291,7 @@ impl Device {
                     counters: Arc::clone(&self.counters),
                     trace: self.trace.clone(),
                     closing: Arc::clone(&closing),
+                    off: Arc::clone(&self.off),
                     ignored,
                 })
             })
@@ -346,6 +351,12 @@ impl Device {
         if let Some(queue) = active.queues.get(usize::from(queue)) {
             queue.drain(&active.session);
         }
+    }
+
+    /// Set this from any thread, and [`Device::notify`] comes back after at most a queue full of requests: a guest can
+    /// keep it busy for ever with requests that never end. For a VMM that ends; it is never taken back.
+    pub fn off_switch(&self) -> Arc<AtomicBool> {
+        Arc::clone(&self.off)
     }
 
     /// Ends the session: everything that the guest had is closed and unmapped when this returns.
@@ -427,7 +438,8 @@ impl RequestQueue {
             self.set_notification(false);
             self.handle_available(session, &mut buffer);
             // Asking for doorbells tells whether there are more.
-            if self.closing.load(Ordering::Acquire) || !self.set_notification(true) {
+            let ends = self.closing.load(Ordering::Acquire) || self.off.load(Ordering::Relaxed);
+            if ends || !self.set_notification(true) {
                 break;
             }
         }

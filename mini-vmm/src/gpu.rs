@@ -5,6 +5,7 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::AtomicBool;
 
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Interrupt};
@@ -110,6 +111,8 @@ pub(crate) struct Attached {
     pub attachment: Attachment,
     /// The aperture's place, if there is one, for its memory slot.
     pub aperture: Option<Range>,
+    /// Takes the vCPUs back from the device ([`Device::off_switch`]).
+    pub off: Arc<AtomicBool>,
 }
 
 /// Makes the device and its transport.
@@ -129,6 +132,7 @@ pub(crate) fn attach(
     });
     let request_queues = gpu.device.request_queues;
     let device = Device::new(gpu.driver, aperture, gpu.device).map_err(GpuError::Events)?;
+    let off = device.off_switch();
     // With a worker behind each queue the kernel itself passes the doorbell on, without an exit to us.
     let mut doorbells = Vec::new();
     for queue in 0..request_queues {
@@ -167,6 +171,7 @@ pub(crate) fn attach(
         transport,
         attachment,
         aperture: range,
+        off,
     })
 }
 

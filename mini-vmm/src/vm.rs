@@ -10,6 +10,7 @@ use std::fs::File;
 use std::io;
 use std::path::PathBuf;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::JoinHandle;
 
 use pvgpu_host_proxy::device::Device;
@@ -140,6 +141,7 @@ pub struct Vm {
     around: Surroundings,
     debug: Arc<Debug>,
     transport: Option<Arc<VirtioMmio<Device>>>,
+    gpu_off: Option<Arc<AtomicBool>>,
     port: Port,
     input: Option<(File, bool)>,
     ram: Ram,
@@ -201,6 +203,7 @@ impl Vm {
             interrupts: Vec::new(),
         })?;
         let mut transport = None;
+        let mut gpu_off = None;
         if let Some(gpu) = config.gpu {
             let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
             if let Some(range) = attached.aperture {
@@ -211,6 +214,7 @@ impl Vm {
             }
             bus.attach(attached.attachment)?;
             transport = Some(attached.transport);
+            gpu_off = Some(attached.off);
         }
         for device in config.devices {
             bus.attach(device)?;
@@ -240,6 +244,7 @@ impl Vm {
             around,
             debug,
             transport,
+            gpu_off,
             port,
             input,
             ram,
@@ -271,6 +276,7 @@ impl Vm {
             ram,
             input,
             port,
+            gpu_off,
             transport,
             debug,
             around,
@@ -298,6 +304,10 @@ impl Vm {
                 around.stop.end(Ending::Stopped { signal: None });
                 VmError::host("an event loop")(io::Error::other(error))
             });
+        }
+        // A vCPU may be in the device, whose doorbell a guest can keep busy for ever.
+        if let Some(off) = gpu_off {
+            off.store(true, Ordering::Relaxed);
         }
         for (thread, kick) in &mut running {
             kick.kick(thread);

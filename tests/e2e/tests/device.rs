@@ -81,6 +81,15 @@ impl Machine {
     }
 
     fn activate(&mut self, features: u64) -> Result<(), ActivateError> {
+        let interrupts = Arc::clone(&self.interrupts) as Arc<dyn Interrupt>;
+        self.activate_with(features, interrupts)
+    }
+
+    fn activate_with(
+        &mut self,
+        features: u64,
+        interrupts: Arc<dyn Interrupt>,
+    ) -> Result<(), ActivateError> {
         let mut queue = Queue::new(QUEUE_SIZE).unwrap();
         queue
             .try_set_desc_table_address(GuestAddress(DESCRIPTORS))
@@ -92,7 +101,6 @@ impl Machine {
         queue.set_ready(true);
         let event_queue = Queue::new(QUEUE_SIZE).unwrap(); // not set up
         let queues = vec![queue, event_queue];
-        let interrupts = Arc::clone(&self.interrupts) as Arc<dyn Interrupt>;
         self.device
             .activate(self.memory.clone(), features, queues, interrupts)
     }
@@ -386,6 +394,55 @@ fn an_impossible_available_index_holds_up_neither_a_vcpu_nor_the_reset() {
         assert_eq!(malformed, Ok(1), "{doorbell:?}");
         guest.join().unwrap();
     }
+}
+
+/// Makes the same request available again with every interrupt, as another vCPU can, or the guest's own responses where
+/// they overwrite the ring.
+struct Endless {
+    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    interrupts: AtomicUsize,
+}
+
+impl Interrupt for Endless {
+    fn signal_queue(&self, _queue: u16) {
+        self.interrupts.fetch_add(1, Ordering::SeqCst);
+        let memory = self.memory.memory();
+        let index = GuestAddress(AVAILABLE + 2);
+        let available: u16 = memory.load(index, Ordering::SeqCst).unwrap();
+        memory
+            .store(available.wrapping_add(1), index, Ordering::SeqCst)
+            .unwrap();
+    }
+
+    fn signal_config(&self) {}
+}
+
+#[test]
+fn a_doorbell_returns_once_the_device_is_switched_off_though_requests_never_end() {
+    let mut machine = Machine::new(Doorbell::Inline);
+    let endless = Arc::new(Endless {
+        memory: machine.memory.clone(),
+        interrupts: AtomicUsize::new(0),
+    });
+    machine.device.reset();
+    let interrupt = Arc::clone(&endless) as Arc<dyn Interrupt>;
+    machine.activate_with(VERSION_1, interrupt).unwrap();
+    machine.submit(Operation::Nop, 0, &[]);
+    let off = machine.device.off_switch();
+    let (returned, has_returned) = std::sync::mpsc::channel();
+    let device = Arc::new(machine.device);
+    let vcpu = Arc::clone(&device);
+    std::thread::spawn(move || {
+        vcpu.notify(0);
+        drop(vcpu);
+        returned.send(()).unwrap();
+    });
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while endless.interrupts.load(Ordering::SeqCst) < 1000 {
+        assert!(Instant::now() < deadline, "the requests have ended");
+    }
+    off.store(true, Ordering::SeqCst);
+    has_returned.recv_timeout(Duration::from_secs(30)).unwrap();
 }
 
 #[test]
