@@ -25,6 +25,9 @@ pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// Most fences that stand for several and have one fence in common (`ENOMEM`): each takes memory and time for all parts.
+const JOINED_MAX: usize = 1024;
+
 /// Observers that may have gone.
 #[derive(Default)]
 pub(super) struct Observers {
@@ -46,6 +49,14 @@ impl Observers {
             self.full = (2 * self.list.len()).max(16);
         }
         self.list.push(Arc::downgrade(observer));
+    }
+
+    /// How many are still there, exact from `enough` on.
+    fn count(&mut self, enough: usize) -> usize {
+        if self.list.len() >= enough {
+            self.list.retain(|observer| observer.strong_count() > 0);
+        }
+        self.list.len()
     }
 
     /// All that are still there, to be told once the lock is released.
@@ -90,8 +101,9 @@ impl Fence {
     }
 
     /// A fence that is signaled when all of these are. It holds at most one part per timeline, and parts have no
-    /// parts, so that joining joined fences costs no more than joining their parts.
-    pub(super) fn join(fences: impl IntoIterator<Item = Arc<Self>>) -> Arc<Self> {
+    /// parts, so that joining joined fences costs no more than joining their parts. `ENOMEM` when one of them is part of
+    /// too many already.
+    pub(super) fn join(fences: impl IntoIterator<Item = Arc<Self>>) -> Result<Arc<Self>, Errno> {
         let mut parts: BTreeMap<u64, Arc<Self>> = BTreeMap::new();
         let mut failed = None;
         let mut add = |fence: &Arc<Self>| match fence.status() {
@@ -113,13 +125,18 @@ impl Fence {
             }
         }
         let mut parts: Vec<_> = parts.into_values().collect();
-        match (parts.pop(), failed) {
+        Ok(match (parts.pop(), failed) {
             (None, None) => Self::signaled(),
             (None, Some(failed)) => failed,
             (Some(only), None) if parts.is_empty() => only,
             (Some(last), failed) => {
                 parts.push(last);
                 parts.extend(failed);
+                let crowded =
+                    |part: &Arc<Self>| lock(&part.observers).count(JOINED_MAX) >= JOINED_MAX;
+                if parts.iter().any(crowded) {
+                    return Err(Errno::ENOMEM);
+                }
                 let joined = Arc::new(Self::new(0, 0, parts));
                 let observer: Arc<dyn Observer> = joined.clone();
                 for part in &joined.parts {
@@ -128,7 +145,7 @@ impl Fence {
                 joined.changed();
                 joined
             }
-        }
+        })
     }
 
     /// The timeline it is on.
@@ -311,7 +328,7 @@ mod tests {
     #[test]
     fn a_joined_fence_is_signaled_by_its_last_part() {
         let (a, b) = (Fence::pending(1, 1), Fence::pending(2, 1));
-        let joined = Fence::join([a.clone(), b.clone()]);
+        let joined = Fence::join([a.clone(), b.clone()]).unwrap();
         a.signal(Ok(()));
         assert_eq!(joined.status(), None);
         b.signal(Err(Errno::EFAULT));
@@ -321,9 +338,9 @@ mod tests {
     #[test]
     fn joining_keeps_one_part_per_timeline_however_often_it_is_repeated() {
         let last = Fence::pending(1, 9);
-        let mut joined = Fence::join([Fence::pending(2, 1), last.clone()]);
+        let mut joined = Fence::join([Fence::pending(2, 1), last.clone()]).unwrap();
         for seqno in 1..100 {
-            joined = Fence::join([Fence::pending(1, seqno % 9), joined]);
+            joined = Fence::join([Fence::pending(1, seqno % 9), joined]).unwrap();
         }
         assert_eq!(joined.parts.len(), 2);
         assert!(joined.parts.iter().any(|part| Arc::ptr_eq(part, &last)));
@@ -332,11 +349,21 @@ mod tests {
 
     #[test]
     fn joining_nothing_or_what_is_over_is_over() {
-        assert_eq!(Fence::join([]).status(), Some(Ok(())));
+        assert_eq!(Fence::join([]).unwrap().status(), Some(Ok(())));
         let failed = Fence::pending(1, 1);
         failed.signal(Err(Errno::ECANCELED));
-        let joined = Fence::join([Fence::signaled(), failed]);
+        let joined = Fence::join([Fence::signaled(), failed]).unwrap();
         assert_eq!(joined.status(), Some(Err(Errno::ECANCELED)));
+    }
+
+    #[test]
+    fn a_fence_is_part_of_only_so_many_others_at_a_time() {
+        let parts = [Fence::pending(1, 1), Fence::pending(2, 1)];
+        let join = || Fence::join(parts.clone());
+        let joined: Vec<_> = (0..JOINED_MAX).map(|_| join().unwrap()).collect();
+        assert_eq!(join().err(), Some(Errno::ENOMEM));
+        drop(joined);
+        assert!(join().is_ok());
     }
 
     #[test]

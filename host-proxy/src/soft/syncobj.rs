@@ -95,19 +95,24 @@ impl Syncobj {
         observers.iter().for_each(|observer| observer.changed());
     }
 
-    /// The fence of `point` (zero: of all); `EINVAL` when none was attached yet.
+    /// The fence of `point` (zero: of all); `EINVAL` when none was attached yet, `ENOMEM` as [`Fence::join`].
     pub(super) fn fence(&self, point: u64) -> Result<Arc<Fence>, Errno> {
-        lock(&self.state).payload.fence(point).ok_or(Errno::EINVAL)
+        let fence = lock(&self.state).payload.fence(point)?;
+        fence.ok_or(Errno::EINVAL)
     }
 
     /// As [`Syncobj::fence`]; when there is none, `observer` is told of the next one.
-    fn fence_or_observe(&self, point: u64, observer: &Arc<dyn Observer>) -> Option<Arc<Fence>> {
+    fn fence_or_observe(
+        &self,
+        point: u64,
+        observer: &Arc<dyn Observer>,
+    ) -> Result<Option<Arc<Fence>>, Errno> {
         let mut state = lock(&self.state);
-        let fence = state.payload.fence(point);
+        let fence = state.payload.fence(point)?;
         if fence.is_none() {
             state.observers.add(observer);
         }
-        fence
+        Ok(fence)
     }
 
     /// The last point reached, or the last one added.
@@ -172,16 +177,15 @@ impl Payload {
         *self = Self::Timeline(points);
     }
 
-    fn fence(&self, seqno: u64) -> Option<Arc<Fence>> {
+    fn fence(&self, seqno: u64) -> Result<Option<Arc<Fence>>, Errno> {
         let points = match self {
-            Self::Empty => return None,
-            Self::Binary(fence) => return (seqno == 0).then(|| fence.clone()),
+            Self::Empty => return Ok(None),
+            Self::Binary(fence) => return Ok((seqno == 0).then(|| fence.clone())),
             Self::Timeline(points) => points,
         };
-        let last = points.last()?;
-        if last.seqno < seqno {
-            return None;
-        }
+        let Some(last) = points.last().filter(|last| last.seqno >= seqno) else {
+            return Ok(None);
+        };
         let found = match seqno {
             0 => points.len().checked_sub(1),
             _ => points
@@ -190,7 +194,7 @@ impl Payload {
         };
         let reached = found.and_then(|found| points.get(..=found));
         let fences = reached.unwrap_or_default().iter();
-        Some(Fence::join(fences.map(|point| point.fence.clone())))
+        Fence::join(fences.map(|point| point.fence.clone())).map(Some)
     }
 }
 
@@ -216,6 +220,7 @@ pub(super) fn wait_points(
     let mut fences: Vec<Option<Arc<Fence>>> = Vec::with_capacity(points.len());
     for (syncobj, point) in points {
         match syncobj.fence(*point) {
+            Err(error) if error != Errno::EINVAL => return Err(error),
             Err(error) if !what.for_submit && !what.available => return Err(error),
             found => fences.push(found.ok()),
         }
@@ -227,7 +232,10 @@ pub(super) fn wait_points(
         let entries = points.iter().zip(&mut fences).zip(&mut observed);
         for (index, (((syncobj, point), fence), observed)) in entries.enumerate() {
             if fence.is_none() {
-                *fence = syncobj.fence_or_observe(*point, observer);
+                match syncobj.fence_or_observe(*point, observer) {
+                    Ok(found) => *fence = found,
+                    Err(error) => return Some(Err(error)),
+                }
             }
             let Some(fence) = fence else { continue };
             let done = what.available || fence.is_signaled();
@@ -242,11 +250,11 @@ pub(super) fn wait_points(
             }
         }
         if ready == points.len() || (ready > 0 && !what.all) {
-            Some(u32::try_from(first.unwrap_or(0)).unwrap_or(u32::MAX))
+            Some(Ok(u32::try_from(first.unwrap_or(0)).unwrap_or(u32::MAX)))
         } else {
             None
         }
-    })
+    })?
 }
 
 /// A syncobj given out as a file descriptor.
@@ -325,6 +333,23 @@ mod tests {
         assert_eq!(syncobj.check_room(), Err(Errno::ENOMEM));
         fence.signal(Ok(()));
         syncobj.check_room().unwrap();
+    }
+
+    #[test]
+    fn a_wait_for_thousands_of_points_that_stand_for_several_fences_is_refused() {
+        let syncobj = Syncobj::new(false);
+        syncobj.attach(1, Fence::pending(1, 1));
+        syncobj.attach(2, Fence::pending(2, 1));
+        let what = Wait {
+            all: true,
+            for_submit: true,
+            available: false,
+        };
+        let points = vec![(syncobj.clone(), 2); 4096];
+        let waited = wait_points(&points, what, 0, &Cancel::new());
+        assert_eq!(waited, Err(Errno::ENOMEM));
+        let waited = wait_points(&points[..8], what, 0, &Cancel::new());
+        assert_eq!(waited, Err(Errno::ETIME));
     }
 
     #[test]
