@@ -4,7 +4,7 @@
 //! host proxy both use it, so nothing that only one of them needs belongs here.
 //!
 //! - [`wire`]: request and response headers, the fixed layouts of the hot path.
-//! - [`control`]: the records of the control path (hello, events, trace), in bincode.
+//! - [`control`]: the records of the control path (hello, trace), in bincode.
 //! - [`schema`]: the language that describes one ioctl; [`layout`] walks it over the bytes of a request.
 //! - [`family`]: the tables, one file per host GPU family.
 //! - [`errno`]: the error numbers that cross the boundary.

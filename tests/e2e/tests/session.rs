@@ -357,6 +357,43 @@ fn objects_over_the_limit_are_emfile_and_are_not_left_open() {
 }
 
 #[test]
+fn handles_of_all_files_over_the_limit_are_enomem_until_some_are_closed() {
+    let limits = Limits {
+        handles: 2,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let handle = guest.create(4096).unwrap();
+    guest.create(4096).unwrap();
+    assert_eq!(
+        guest.without_reaching_the_driver(|guest| guest.create(4096)),
+        Err(Errno::ENOMEM)
+    );
+    let mut close = GemClose { handle, pad: 0 };
+    guest.ioctl(core::GEM_CLOSE, &mut close).unwrap();
+    guest.create(4096).unwrap();
+    let first = std::mem::replace(&mut guest.file, guest.session.open(open::RDWR).unwrap());
+    assert_eq!(guest.create(4096), Err(Errno::ENOMEM));
+    guest.session.close(first).unwrap();
+    guest.create(4096).unwrap();
+}
+
+#[test]
+fn mapped_bytes_over_the_limit_are_enomem_until_some_are_unmapped() {
+    let limits = Limits {
+        mapped: 8192,
+        ..Limits::default()
+    };
+    let mut guest = Guest::with_limits(limits);
+    let file = guest.file;
+    assert_eq!(guest.session.map(file, 0, 12288, 3), Err(Errno::ENOMEM));
+    let mapping = guest.session.map(file, 0, 8192, 3).unwrap();
+    assert_eq!(guest.session.map(file, 0, 4096, 3), Err(Errno::ENOMEM));
+    guest.session.unmap(mapping).unwrap();
+    assert!(guest.session.map(file, 0, 4096, 3).is_ok());
+}
+
+#[test]
 fn waiting_requests_over_the_limit_are_eagain() {
     let limits = Limits {
         in_flight: 1,
