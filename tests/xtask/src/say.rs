@@ -7,7 +7,7 @@ use std::process;
 /// The exit code of a task whose reader has gone (`| head`): what a shell shows for SIGPIPE.
 const READER_GONE: i32 = 128 + 13;
 
-/// Like `println!`, for [`write`].
+/// Like `println!`, for [`write()`].
 macro_rules! say {
     ($($argument:tt)*) => { crate::say::write(format_args!($($argument)*)) };
 }
