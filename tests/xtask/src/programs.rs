@@ -1,6 +1,7 @@
 //! The workspace's programs that tasks run or put into a machine: cargo builds them, this file knows how and where
 //! they end up. Every task that needs one calls [`build`]; cargo decides what there is to rebuild.
 
+use std::io::IsTerminal;
 use std::path::PathBuf;
 use std::process::{Command, Stdio};
 
@@ -122,12 +123,12 @@ pub fn build(programs: &[Program]) -> Result<Vec<Built>, BuildError> {
         let Some(first) = group.first() else { continue };
         let mut cargo = cargo();
         cargo
-            .args([
-                "build",
-                "--quiet",
-                "--message-format=json-render-diagnostics",
-            ])
+            .args(["build", "--message-format=json-render-diagnostics"])
             .args(how);
+        // A first build takes minutes: a person sees cargo's progress, a log only what went wrong.
+        if !std::io::stderr().is_terminal() {
+            cargo.arg("--quiet");
+        }
         for program in &group {
             cargo.args(["--package", program.package, "--bin", program.name]);
         }
