@@ -37,10 +37,16 @@ pub trait Channel {
     /// in flight. `ENODEV` when the device is gone.
     fn wait(&mut self, slot: &Slot) -> Result<(), Errno>;
 
+    /// As [`Channel::wait`], for a request that was interrupted and cancelled: it will be complete soon, so what
+    /// interrupted the first wait must not end this one.
+    fn wait_cancelled(&mut self, slot: &Slot) -> Result<(), Errno> {
+        self.wait(slot)
+    }
+
     /// The bytes that the device has written.
     fn response(&self, slot: &Slot) -> &[u8];
 
-    /// Gives a slot back, which is complete or was never submitted.
+    /// Gives a slot back. One that is in flight stays taken until the device, which may still write to it, returns it.
     fn end(&mut self, slot: Slot);
 
     /// `CLOCK_MONOTONIC` of this guest in nanoseconds.

@@ -1,7 +1,8 @@
 //! A guest's session with the proxy: the hello, then every operation of the protocol as a method.
 //!
 //! The test guest, the Linux module and the tests call it. It owns the [`Channel`], knows which schemas the host
-//! driver speaks, and holds nothing else: the state of files and objects is the host's.
+//! driver speaks, and holds nothing else: the state of files and objects is the host's. So where many callers come at
+//! once, each makes a session of its own on the one connection ([`Session::share`]) and shares nothing but the device.
 
 use crate::channel::{Channel, Slot};
 use crate::marshal::{Caller, gather, scatter};
@@ -104,7 +105,8 @@ impl<C: Channel> Session<C> {
             control::RECORD_LIMIT,
         )?;
         channel.doorbell();
-        let answer = finish(&mut channel, &pending, |_, payload| {
+        let waited = channel.wait(&pending.slot);
+        let take = |_, payload: &[u8]| {
             let reply: HelloReply<'_> = control::decode(payload)?;
             let mut driver = ArrayString::new();
             driver
@@ -117,13 +119,24 @@ impl<C: Channel> Session<C> {
                 aperture: reply.aperture,
                 families: family::of_driver(reply.driver.name),
             })
-        });
+        };
+        let host = waited.and_then(|()| answer(&channel, &pending, take));
         channel.end(pending.slot);
         Ok(Self {
             channel,
             next_id: 1,
-            host: answer?,
+            host: host?,
         })
+    }
+
+    /// One more caller's session on a connection that [`Session::connect`] has made: `channel` leads to the same device,
+    /// `host` is what that said. Its requests have the ids after `first_id`, which must be nobody else's.
+    pub fn share(channel: C, host: Host, first_id: u64) -> Self {
+        Self {
+            channel,
+            next_id: first_id,
+            host,
+        }
     }
 
     /// What the proxy has said of itself.
@@ -150,7 +163,8 @@ impl<C: Channel> Session<C> {
         self.call(Operation::Close, object.0, &()).map(drop)
     }
 
-    /// Performs an ioctl of `caller`, whose argument lies at `address`, and waits for it.
+    /// Performs an ioctl of `caller`, whose argument lies at `address`, and waits for it. One whose wait is interrupted is
+    /// cancelled: its result is then `EINTR`, or its own if it was too late for that.
     pub fn ioctl<M: Caller + ?Sized>(
         &mut self,
         file: ObjectId,
@@ -160,7 +174,10 @@ impl<C: Channel> Session<C> {
     ) -> Result<i32, Errno> {
         let pending = self.start_ioctl(file, command, address, caller)?;
         self.channel.doorbell();
-        self.channel.wait(&pending.request.slot)?;
+        if let Err(errno) = self.settle(&pending.request) {
+            self.channel.end(pending.request.slot);
+            return Err(errno);
+        }
         self.finish_ioctl(pending, caller)
     }
 
@@ -358,9 +375,35 @@ impl<C: Channel> Session<C> {
         let id = self.new_id();
         let pending = start(&mut self.channel, (operation, object, id), body, &[], room)?;
         self.channel.doorbell();
-        let result = finish(&mut self.channel, &pending, take);
+        let result = self
+            .settle(&pending)
+            .and_then(|()| answer(&self.channel, &pending, take));
         self.channel.end(pending.slot);
         result
+    }
+
+    /// Waits until a request is complete. When the wait is interrupted, cancels the request, which then completes soon.
+    fn settle(&mut self, pending: &Pending) -> Result<(), Errno> {
+        match self.channel.wait(&pending.slot) {
+            Err(Errno::EINTR) => self.cancel_and_settle(pending),
+            waited => waited,
+        }
+    }
+
+    #[cold]
+    fn cancel_and_settle(&mut self, pending: &Pending) -> Result<(), Errno> {
+        let body = CancelRequest {
+            id: pending.id.into(),
+        };
+        let cancel = (Operation::Cancel, 0, self.new_id());
+        // With no slot for it, the request takes its own time.
+        let cancel = start(&mut self.channel, cancel, &body, &[], 0);
+        self.channel.doorbell();
+        let waited = self.channel.wait_cancelled(&pending.slot);
+        if let Ok(cancel) = cancel {
+            self.channel.end(cancel.slot);
+        }
+        waited
     }
 
     fn new_id(&mut self) -> u64 {
@@ -414,13 +457,12 @@ fn start<C: Channel, B: IntoBytes + Immutable>(
     }
 }
 
-/// Waits for a request and takes its result.
-fn finish<C: Channel, T>(
-    channel: &mut C,
+/// Takes the result of a request that is complete.
+fn answer<C: Channel, T>(
+    channel: &C,
     pending: &Pending,
     take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
 ) -> Result<T, Errno> {
-    channel.wait(&pending.slot)?;
     let (result, payload) = split_response(channel.response(&pending.slot), pending.id)?;
     take(to_result(result)?, payload)
 }

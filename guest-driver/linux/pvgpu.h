@@ -1,0 +1,95 @@
+/* SPDX-License-Identifier: GPL-2.0 OR BSD-3-Clause */
+/*
+ * What the two halves of the module are to each other. driver.c has the device and its queues, node.c the DRM node; the Rust
+ * half (src/) has the protocol, and knows what every operation means. src/kernel.rs and src/entry.rs repeat these declarations.
+ */
+#ifndef PVGPU_H
+#define PVGPU_H
+
+#include <linux/completion.h>
+#include <linux/kref.h>
+#include <linux/spinlock.h>
+#include <linux/virtio.h>
+#include <linux/virtio_config.h>
+#include <drm/drm_drv.h>
+
+struct pvgpu_host;	/* the Rust half's own */
+
+/* The host driver, as the node is to report it. */
+struct pvgpu_identity {
+	char name[33];
+	int version[3];
+	u64 aperture;
+};
+
+/* One request queue. */
+struct pvgpu_queue {
+	spinlock_t lock;	/* the virtqueue, and the state of the messages in it */
+	struct virtqueue *ring;
+	bool submitted;		/* since the last doorbell */
+};
+
+/* One device. Freed when the node's last file is closed, which may be long after the device is gone. */
+struct pvgpu {
+	struct virtio_device *virtio;
+	struct virtio_shm_region aperture;
+	struct pvgpu_identity identity;
+	struct pvgpu_host *host;
+	struct drm_driver driver;
+	struct drm_device *node;
+	struct platform_device *parent;
+	atomic64_t last_id;
+	bool gone;		/* under every queue's lock: nothing is queued any more */
+	unsigned int queue_count;
+	struct pvgpu_queue *queues;
+};
+
+/* One request with its response. */
+struct pvgpu_message {
+	struct pvgpu *device;
+	struct pvgpu_queue *queue;
+	enum { PVGPU_FILLING, PVGPU_IN_FLIGHT, PVGPU_ABANDONED, PVGPU_COMPLETE, PVGPU_LOST } state;
+	size_t request, response, written;
+	size_t response_offset;
+	struct completion done;
+	u8 bytes[] __aligned(64);
+};
+
+/* node.c */
+int pvgpu_node_register(struct pvgpu *device);
+void pvgpu_node_remove(struct pvgpu *device);
+
+/* driver.c, for node.c */
+void pvgpu_free(struct pvgpu *device);
+
+/* The Rust half: 0 or more, or -errno. Process context only. */
+struct pvgpu_host *pvgpu_rust_connect(struct pvgpu *device, struct pvgpu_identity *identity, int *error);
+int pvgpu_rust_open(struct pvgpu *device, const struct pvgpu_host *host, u32 flags);
+int pvgpu_rust_close(struct pvgpu *device, const struct pvgpu_host *host, int object);
+int pvgpu_rust_ioctl(struct pvgpu *device, const struct pvgpu_host *host, int object, u32 command, u64 address);
+int pvgpu_rust_map(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 offset, u64 length,
+		   u32 protection, u64 *aperture_offset);
+int pvgpu_rust_unmap(struct pvgpu *device, const struct pvgpu_host *host, u64 aperture_offset, u64 length);
+
+/* What the Rust half calls; src/kernel.rs says what each does. */
+void pvgpu_print(const char *text, size_t length);
+void pvgpu_bug(void);
+void *pvgpu_allocate(size_t length);
+int pvgpu_copy_from_user(void *target, u64 source, size_t length);
+int pvgpu_copy_to_user(u64 target, const void *source, size_t length);
+int pvgpu_fd_object(struct pvgpu *device, int fd);
+int pvgpu_object_fd(struct pvgpu *device, int object);
+struct pvgpu_message *pvgpu_message_new(struct pvgpu *device, size_t request, size_t response);
+void *pvgpu_message_request(struct pvgpu_message *message);
+const void *pvgpu_message_response(const struct pvgpu_message *message);
+size_t pvgpu_message_room(const struct pvgpu_message *message);
+size_t pvgpu_message_written(const struct pvgpu_message *message);
+int pvgpu_message_submit(struct pvgpu_message *message, size_t length);
+bool pvgpu_message_complete(struct pvgpu_message *message);
+int pvgpu_message_wait(struct pvgpu_message *message, bool only_fatal);
+void pvgpu_message_end(struct pvgpu_message *message);
+void pvgpu_doorbell(struct pvgpu *device);
+u64 pvgpu_take_ids(struct pvgpu *device, u32 count);
+u64 pvgpu_now_ns(void);
+
+#endif

@@ -1,0 +1,175 @@
+//! What the C half calls (`pvgpu.h`): one function per operation of a device file. Each makes the call's own session on the
+//! device's connection and gives 0 or more, or `-errno`.
+#![allow(unsafe_code)]
+
+use crate::device::Call;
+use crate::kernel::{self, Device};
+use crate::process::Process;
+use core::ffi::{c_char, c_int};
+use pvgpu_guest_driver::session::{Host, Mapping, ObjectId, Session};
+use pvgpu_protocol::Errno;
+
+/// Requests of one call: the operation itself, and its cancellation.
+const IDS: u32 = 2;
+
+fn number(result: Result<c_int, Errno>) -> c_int {
+    result.unwrap_or_else(|errno| -errno.number())
+}
+
+/// The session of one call.
+///
+/// # Safety
+///
+/// As for [`Call::new`]; and `host` must be what [`pvgpu_rust_connect`] gave for this device.
+unsafe fn session(device: *mut Device, host: *const Host) -> Session<Call> {
+    // SAFETY: the caller's promise.
+    unsafe {
+        let first = kernel::pvgpu_take_ids(device, IDS);
+        Session::share(Call::new(device), *host, first)
+    }
+}
+
+/// `struct pvgpu_identity`: the host driver, as the node is to report it.
+#[repr(C)]
+pub struct Identity {
+    name: [c_char; 33],
+    version: [c_int; 3],
+    aperture: u64,
+}
+
+/// Says hello. Gives what every other function here needs (freed with `kfree`), or null with the errno in `error`.
+///
+/// # Safety
+///
+/// Process context, with the device's queues running; `identity` and `error` are written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_connect(
+    device: *mut Device,
+    identity: &mut Identity,
+    error: &mut c_int,
+) -> *mut Host {
+    // SAFETY: the caller's promise.
+    let session = match Session::connect(unsafe { Call::new(device) }, "linux") {
+        Ok(session) => session,
+        Err(errno) => {
+            *error = -errno.number();
+            return core::ptr::null_mut();
+        }
+    };
+    let host = session.host();
+    identity.name = [0; 33];
+    for (to, from) in identity.name.iter_mut().zip(host.driver.bytes()) {
+        *to = from.cast_signed();
+    }
+    identity.version = host.driver_version;
+    identity.aperture = host.aperture;
+    // SAFETY: room for a `Host`, aligned to 16 bytes, or null.
+    unsafe {
+        let memory: *mut Host = kernel::pvgpu_allocate(size_of::<Host>()).cast();
+        *error = -Errno::ENOMEM.number();
+        if !memory.is_null() {
+            memory.write(*host);
+        }
+        memory
+    }
+}
+
+/// Opens the device with flags of `wire::open`; gives the file's object.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_open(
+    device: *mut Device,
+    host: *const Host,
+    flags: u32,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host) };
+    number(session.open(flags).map(|object| object.0))
+}
+
+/// Closes a file or another object.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_close(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host) };
+    number(session.close(ObjectId(object)).map(|()| 0))
+}
+
+/// Performs an ioctl of the calling process, with its argument at `address` there.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_ioctl(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+    command: u32,
+    address: u64,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let (mut session, mut process) =
+        unsafe { (session(device, host), Process::current(device)) };
+    number(session.ioctl(ObjectId(object), command, address, &mut process))
+}
+
+/// Maps a range of an object; `mapping` is then where it is in the aperture.
+///
+/// # Safety
+///
+/// As for `session`; `aperture_offset` is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_map(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+    offset: u64,
+    length: u64,
+    protection: u32,
+    aperture_offset: &mut u64,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host) };
+    let mapped = session.map(ObjectId(object), offset, length, protection);
+    number(mapped.and_then(|mapping| {
+        let end = mapping.aperture_offset.checked_add(length);
+        if mapping.length != length || end.is_none_or(|end| end > session.host().aperture) {
+            return Err(Errno::EPROTO);
+        }
+        *aperture_offset = mapping.aperture_offset;
+        Ok(0)
+    }))
+}
+
+/// Removes a mapping.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_unmap(
+    device: *mut Device,
+    host: *const Host,
+    aperture_offset: u64,
+    length: u64,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host) };
+    let mapping = Mapping {
+        aperture_offset,
+        length,
+    };
+    number(session.unmap(mapping).map(|()| 0))
+}

@@ -1,0 +1,59 @@
+//! The services that the C half offers (`pvgpu.h`): the only way from Rust into the kernel.
+//!
+//! The rest of the module calls these; a declaration here must be what the header says.
+#![allow(unsafe_code)]
+
+use core::ffi::c_int;
+
+/// `struct pvgpu`: one device. It outlives every call that names it.
+#[repr(C)]
+pub struct Device {
+    _opaque: [u8; 0],
+}
+
+/// `struct pvgpu_message`: one request with its response.
+#[repr(C)]
+pub struct Message {
+    _opaque: [u8; 0],
+}
+
+unsafe extern "C" {
+    /// Prints a line; `text` need not end with zero.
+    pub fn pvgpu_print(text: *const u8, length: usize);
+    /// Kernel `BUG()`. Declared as returning, which objtool wants.
+    pub fn pvgpu_bug();
+    /// Zeroed memory of the kernel, aligned to 16 bytes at least; null when there is none.
+    pub fn pvgpu_allocate(length: usize) -> *mut u8;
+    /// Copies from the calling process; 0 or `-EFAULT`.
+    pub fn pvgpu_copy_from_user(target: *mut u8, source: u64, length: usize) -> c_int;
+    /// Copies to the calling process; 0 or `-EFAULT`.
+    pub fn pvgpu_copy_to_user(target: u64, source: *const u8, length: usize) -> c_int;
+    /// The object behind a file descriptor of the calling process, or `-EBADF`.
+    pub fn pvgpu_fd_object(device: *mut Device, fd: c_int) -> c_int;
+    /// A new file descriptor for an object, or `-errno`; the object is then closed with the file, or already.
+    pub fn pvgpu_object_fd(device: *mut Device, object: c_int) -> c_int;
+    /// A message with room for that many zeroed bytes; null when there is no memory.
+    pub fn pvgpu_message_new(device: *mut Device, request: usize, response: usize) -> *mut Message;
+    /// Where the request is; its length is what the message was made with.
+    pub fn pvgpu_message_request(message: *mut Message) -> *mut u8;
+    /// Where the response is.
+    pub fn pvgpu_message_response(message: *const Message) -> *const u8;
+    /// Bytes of request there is room for.
+    pub fn pvgpu_message_room(message: *const Message) -> usize;
+    /// Bytes of response that the device has written; 0 until the message is complete.
+    pub fn pvgpu_message_written(message: *const Message) -> usize;
+    /// Queues the first `length` bytes of the request, once; 0, `-EAGAIN` when the queue is full, `-ENODEV`.
+    pub fn pvgpu_message_submit(message: *mut Message, length: usize) -> c_int;
+    /// Whether the response is there.
+    pub fn pvgpu_message_complete(message: *mut Message) -> bool;
+    /// Sleeps until it is: 0, `-EINTR` (by a fatal signal alone if `only_fatal`), or `-ENODEV`.
+    pub fn pvgpu_message_wait(message: *mut Message, only_fatal: bool) -> c_int;
+    /// Gives the message back; it is freed when the device has returned it.
+    pub fn pvgpu_message_end(message: *mut Message);
+    /// Rings the doorbell of the queues if they have something that the device was not told of.
+    pub fn pvgpu_doorbell(device: *mut Device);
+    /// `count` ids that no other call has; gives the one before the first.
+    pub fn pvgpu_take_ids(device: *mut Device, count: u32) -> u64;
+    /// `CLOCK_MONOTONIC` in nanoseconds.
+    pub fn pvgpu_now_ns() -> u64;
+}

@@ -1,0 +1,57 @@
+//! The calling process: its memory and its file descriptors, as the marshalling code wants them.
+#![allow(unsafe_code)]
+
+use crate::kernel::{self, Device};
+use core::ffi::c_int;
+use pvgpu_guest_driver::marshal::Caller;
+use pvgpu_protocol::Errno;
+
+/// The process that runs this call.
+pub struct Process {
+    device: *mut Device,
+}
+
+/// 0 or more as it is; less is `-errno`.
+pub fn result(number: c_int) -> Result<c_int, Errno> {
+    match number {
+        0.. => Ok(number),
+        _ => Err(Errno::new(number.saturating_neg())),
+    }
+}
+
+impl Process {
+    /// The current process, calling that device.
+    ///
+    /// # Safety
+    ///
+    /// Only in process context, and not kept beyond the call; the device must outlive it.
+    pub unsafe fn current(device: *mut Device) -> Self {
+        Self { device }
+    }
+}
+
+impl Caller for Process {
+    fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Errno> {
+        // SAFETY: the target is ours; the kernel checks the source. Process context by the promise of `current`.
+        result(unsafe {
+            kernel::pvgpu_copy_from_user(bytes.as_mut_ptr(), address, bytes.len())
+        })
+        .map(drop)
+    }
+
+    fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Errno> {
+        // SAFETY: the source is ours; the kernel checks the target. Process context by the promise of `current`.
+        result(unsafe { kernel::pvgpu_copy_to_user(address, bytes.as_ptr(), bytes.len()) })
+            .map(drop)
+    }
+
+    fn object(&self, fd: i32) -> Result<i32, Errno> {
+        // SAFETY: the device is alive and this is process context, by the promise of `current`.
+        result(unsafe { kernel::pvgpu_fd_object(self.device, fd) })
+    }
+
+    fn fd(&mut self, object: i32) -> Result<i32, Errno> {
+        // SAFETY: the device is alive and this is process context, by the promise of `current`.
+        result(unsafe { kernel::pvgpu_object_fd(self.device, object) })
+    }
+}
