@@ -120,8 +120,7 @@ pub unsafe extern "C" fn pvgpu_rust_ioctl(
     address: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let (mut session, mut process) =
-        unsafe { (session(device, host), Process::current(device)) };
+    let (mut session, mut process) = unsafe { (session(device, host), Process::current(device)) };
     number(session.ioctl(ObjectId(object), command, address, &mut process))
 }
 

@@ -33,10 +33,8 @@ impl Process {
 impl Caller for Process {
     fn read(&self, address: u64, bytes: &mut [u8]) -> Result<(), Errno> {
         // SAFETY: the target is ours; the kernel checks the source. Process context by the promise of `current`.
-        result(unsafe {
-            kernel::pvgpu_copy_from_user(bytes.as_mut_ptr(), address, bytes.len())
-        })
-        .map(drop)
+        result(unsafe { kernel::pvgpu_copy_from_user(bytes.as_mut_ptr(), address, bytes.len()) })
+            .map(drop)
     }
 
     fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Errno> {

@@ -7,6 +7,7 @@ pub mod drm_ioctl;
 pub mod guest_vm;
 pub mod loopback;
 pub mod loopback_file;
+pub mod modules;
 pub mod picture_file;
 pub mod recording;
 pub mod syscall;

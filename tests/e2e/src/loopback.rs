@@ -19,6 +19,7 @@ pub struct Loopback {
     session: Session,
     slots: Vec<Option<Message>>,
     start: Instant,
+    interrupted: bool,
 }
 
 /// A request and its response.
@@ -36,7 +37,18 @@ impl Loopback {
             session,
             slots: Vec::new(),
             start: Instant::now(),
+            interrupted: false,
         }
+    }
+
+    /// Interrupts the next wait, as a signal does.
+    pub fn interrupt_next_wait(&mut self) {
+        self.interrupted = true;
+    }
+
+    /// Slots that were not given back.
+    pub fn slots_taken(&self) -> usize {
+        self.slots.iter().flatten().count()
     }
 
     /// The session.
@@ -121,6 +133,9 @@ impl Channel for Loopback {
     }
 
     fn wait(&mut self, slot: &Slot) -> Result<(), Errno> {
+        if std::mem::take(&mut self.interrupted) {
+            return Err(Errno::EINTR);
+        }
         let message = self.message(slot);
         if message.response.is_none() {
             message.response = message.arrives.1.recv_timeout(PATIENCE).ok();

@@ -37,6 +37,13 @@ pub fn load_module(file: &File, parameters: &CStr) -> io::Result<()> {
     check(if result < 0 { -1 } else { 0 })
 }
 
+/// Unloads the kernel module `name`; `EWOULDBLOCK` while it is in use.
+pub fn unload_module(name: &CStr) -> io::Result<()> {
+    // SAFETY: delete_module(name, flags): the C string lives through the call.
+    let result = unsafe { libc::syscall(libc::SYS_delete_module, name.as_ptr(), libc::O_NONBLOCK) };
+    check(if result < 0 { -1 } else { 0 })
+}
+
 /// Waits until everything written to the terminal `terminal` has left it.
 pub fn drain_terminal(terminal: BorrowedFd) -> io::Result<()> {
     // SAFETY: the descriptor is open as long as it is borrowed.

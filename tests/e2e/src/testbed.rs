@@ -11,6 +11,7 @@ mod boot;
 mod drm;
 mod guest;
 mod kvm;
+mod linux;
 mod mini_vmm;
 mod pictures;
 mod proxy;
@@ -41,6 +42,7 @@ pub fn tests() -> Vec<&'static Test> {
         requests::TESTS,
         pictures::TESTS,
         boot::TESTS,
+        linux::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -441,6 +441,26 @@ fn a_cancelled_request_is_eintr_and_a_finished_one_is_enoent() {
 }
 
 #[test]
+fn an_ioctl_whose_wait_is_interrupted_is_cancelled_and_gives_its_slots_back() {
+    let mut guest = Guest::new();
+    let handle = guest.create(4096).unwrap();
+    guest.session.channel().interrupt_next_wait();
+    let mut wait = Wait { handle, flags: 0 };
+    assert_eq!(guest.ioctl(virtio_gpu::WAIT, &mut wait), Err(Errno::EINTR));
+    assert_eq!(guest.session.channel().slots_taken(), 0);
+}
+
+#[test]
+fn an_ioctl_that_is_complete_when_its_wait_is_interrupted_keeps_its_result() {
+    let mut guest = Guest::new();
+    guest.session.channel().interrupt_next_wait();
+    assert!(guest.create(4096).is_ok());
+    guest.session.channel().interrupt_next_wait();
+    assert!(guest.session.open(open::RDWR).is_ok());
+    assert_eq!(guest.session.channel().slots_taken(), 0);
+}
+
+#[test]
 fn a_mapping_is_undone_once_and_only_as_it_was_made() {
     let mut guest = Guest::new();
     let file = guest.file;

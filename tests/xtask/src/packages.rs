@@ -21,6 +21,9 @@ pub const TESTBED: &[&str] = &[
     "zstd",            // ... and of later ones
 ];
 
+/// What building the Linux module needs beside a kernel's headers.
+pub const LINUX_MODULE: &[&str] = &["gcc", "make", "rustc-web", "rust-web-src"];
+
 /// The kernels whose headers the tables of ioctls are compared with (`protocol/tests/headers.rs`).
 const HEADERS: &[&str] = &["6.1", "6.12"];
 

@@ -2,13 +2,13 @@
 //! program of `/bin` (`init run PROGRAM ARGUMENTS`) or a console (`init shell`), and ends the machine with an exit code
 //! that `cargo xtask testbed` takes. It is the first process of a machine of its own and good for nothing else.
 
-use std::fs::{self, File, OpenOptions};
+use std::fs::OpenOptions;
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode};
 
 use kvm_ioctls::{Kvm, VcpuFd, VmFd};
-use pvgpu_e2e::syscall;
+use pvgpu_e2e::{modules, syscall};
 
 /// QEMU's `isa-debug-exit`, and what is added to the exit code so that QEMU's own codes differ from it.
 /// `tests/xtask/src/testbed/machine.rs` has the same numbers.
@@ -58,7 +58,7 @@ fn start() -> Result<u8, String> {
             .map_err(because(&format!("mount {}", target.to_string_lossy())))?;
     }
     code_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
-    load_modules()?;
+    modules::load_all()?;
     syscall::mount(
         c"9p",
         c"/shared",
@@ -80,20 +80,6 @@ fn start() -> Result<u8, String> {
             "asked for {other:?}, which is neither `run PROGRAM` nor `shell`"
         )),
     }
-}
-
-/// Loads what `/modules/order` lists, each line a file name and parameters.
-fn load_modules() -> Result<(), String> {
-    let order = fs::read_to_string("/modules/order").map_err(because("read /modules/order"))?;
-    for line in order.lines() {
-        let (name, parameters) = line.split_once(' ').unwrap_or((line, ""));
-        let file = File::open(format!("/modules/{name}"))
-            .map_err(because(&format!("open module {name}")))?;
-        let parameters = std::ffi::CString::new(parameters).map_err(|error| error.to_string())?;
-        syscall::load_module(&file, &parameters)
-            .map_err(because(&format!("load module {name}")))?;
-    }
-    Ok(())
 }
 
 /// A VM with one vCPU that stays open as long as L1 lives: when KVM's last VM closes, KVM switches SVM off on all

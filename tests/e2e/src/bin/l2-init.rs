@@ -1,11 +1,12 @@
-//! `/init` of the Linux that the testbed boots in L2 under mini-vmm: says what machine it sees, then ends the VM
-//! with the exit code of the command line's `l2.exit=N`. `tests/e2e/src/testbed/boot.rs` reads both.
+//! `/init` of the Linux that the testbed boots in L2 under mini-vmm: says what machine it sees, draws on the GPU's node
+//! if the command line has `l2.draw=DRIVER`, then ends the VM with the exit code of the command line's `l2.exit=N`.
+//! `tests/e2e/src/testbed/boot.rs` and `linux.rs` read what it says.
 
 use std::fs;
 use std::os::fd::AsFd;
-use std::process::ExitCode;
+use std::process::{Command, ExitCode};
 
-use pvgpu_e2e::{debug_device, syscall};
+use pvgpu_e2e::{debug_device, modules, syscall};
 
 fn main() -> ExitCode {
     if std::process::id() != 1 {
@@ -18,6 +19,47 @@ fn main() -> ExitCode {
         println!("l2-init: {error}");
     }
     ExitCode::FAILURE
+}
+
+/// The bits of `/proc/sys/kernel/tainted` that a module from outside of the kernel sets (`TAINT_OOT_MODULE`,
+/// `TAINT_UNSIGNED_MODULE`); all others are the kernel's complaints.
+const OUR_TAINT: u64 = 1 << 12 | 1 << 13;
+
+/// Loads the guest driver, draws on its node by the program `native`, unloads the driver, and all that once more.
+/// Fails if the kernel has complained of anything.
+fn draw(driver: &str, command_line: &str) -> Result<(), String> {
+    let device = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("virtio_mmio.device="))
+        .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
+    modules::load_all()?;
+    for _ in 0..2 {
+        modules::load("pvgpu.ko", &format!("mmio={device}"))?;
+        let open = fs::File::open("/dev/dri/renderD128")
+            .map_err(|error| format!("cannot open the GPU's node: {error}"))?;
+        if syscall::unload_module(c"pvgpu").is_ok() {
+            return Err("the module was unloaded while its node was open".to_owned());
+        }
+        drop(open);
+        let status = Command::new("/bin/native")
+            .args(["--driver", driver])
+            .status()
+            .map_err(|error| format!("cannot start native: {error}"))?;
+        if !status.success() {
+            return Err(format!("native ended with {status}"));
+        }
+        syscall::unload_module(c"pvgpu")
+            .map_err(|error| format!("cannot unload the module: {error}"))?;
+        if fs::exists("/dev/dri/renderD128").unwrap_or(true) {
+            return Err("the node is still there without its module".to_owned());
+        }
+    }
+    let tainted = fs::read_to_string("/proc/sys/kernel/tainted")
+        .map_err(|error| format!("cannot read /proc/sys/kernel/tainted: {error}"))?;
+    match tainted.trim().parse::<u64>() {
+        Ok(bits) if bits & !OUR_TAINT == 0 => Ok(()),
+        _ => Err(format!("the kernel is tainted: {}", tainted.trim())),
+    }
 }
 
 /// Ends the VM; returning at all is a failure.
@@ -41,6 +83,12 @@ fn report_and_end() -> Result<(), String> {
     println!("l2-init: {processors} processors, {} kB", kilobytes.trim());
 
     let command_line = read("/proc/cmdline")?;
+    let driver = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("l2.draw="));
+    if let Some(driver) = driver {
+        draw(driver, &command_line)?;
+    }
     let address = debug_device::announced_address(&command_line)
         .ok_or("the command line does not say where the debug device is (pvgpu.debug=)")?;
     let code = command_line

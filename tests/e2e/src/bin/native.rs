@@ -6,9 +6,9 @@ use std::process::ExitCode;
 
 use pvgpu_e2e::drm_ioctl::{self, Kind, Node};
 use pvgpu_e2e::picture_file;
-use pvgpu_scenarios::{Picture, vgem, virtio_gpu};
+use pvgpu_scenarios::{Picture, soft, vgem, virtio_gpu};
 
-const USAGE: &str = "usage: native (--node PATH | --driver vgem|virtio_gpu) [--scenario vgem|virtio_gpu] \
+const USAGE: &str = "usage: native (--node PATH | --driver soft|vgem|virtio_gpu) [--scenario soft|vgem|virtio_gpu] \
 [--output FILE.png|FILE.rgba]\n\
 Runs the scenario (by default the driver's own) on a DRM node, says how long each step took, and writes the picture.";
 
@@ -63,6 +63,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     };
     println!("{scenario} on {} ({driver})", node.path.display());
     let picture = match scenario.as_str() {
+        "soft" => soft::draw(&mut node, &mut report)?,
         "vgem" => vgem::draw(&mut node, &mut report)?,
         "virtio_gpu" => virtio_gpu::draw(&mut node, &mut report)?,
         other => return Err(format!("no scenario is called {other}: see native --help").into()),

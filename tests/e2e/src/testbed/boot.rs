@@ -26,11 +26,11 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// Linux parameters of L2.
-const PARAMETERS: &str =
+pub const PARAMETERS: &str =
     "console=ttyS0 quiet panic=-1 reboot=t mitigations=off init_on_alloc=0 cryptomgr.notests";
 
 /// Nothing ends with this code by accident.
-const EXIT_CODE: i32 = 37;
+pub const EXIT_CODE: i32 = 37;
 
 /// A guest that boots at all does so in seconds; a bzImage also unpacks itself, emulated twice.
 const LIMIT: Duration = Duration::from_secs(90);

@@ -140,7 +140,7 @@ fn killed_guest() -> Result<(), Failure> {
 }
 
 /// The picture that a guest has to draw.
-fn expected(gpu: &Gpu) -> Result<Picture, Failure> {
+pub fn expected(gpu: &Gpu) -> Result<Picture, Failure> {
     let picture = (gpu.draw)()?;
     let colours = picture.colours(ENOUGH_COLOURS);
     ensure!(

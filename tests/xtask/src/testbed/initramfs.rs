@@ -10,6 +10,7 @@ use std::process::Command;
 use super::kernel::Kernel;
 use super::{Error, file_error};
 use crate::command;
+use crate::packages;
 use crate::programs::{self, Built, Program};
 
 /// Our programs in L1, each in `/bin` by its name, but for those that [`place`] knows.
@@ -165,17 +166,25 @@ pub fn write(image: &Path, kernel: &Kernel, programs: &[Built]) -> Result<(), Er
     archive.entry("modules/order", mode::FILE, (0, 0), order.as_bytes());
     archive.file("boot/vmlinux", mode::FILE, &kernel.elf)?;
     archive.file("boot/bzImage", mode::FILE, &kernel.bzimage)?;
-    archive.entry("boot/l2.cpio", mode::FILE, (0, 0), &guest(image, programs)?);
+    archive.entry(
+        "boot/l2.cpio",
+        mode::FILE,
+        (0, 0),
+        &guest(image, kernel, programs)?,
+    );
     // A machine of another run may be about to read the image: it gets the old one or the new one, whole.
     let partial = image.with_extension("partial");
     fs::write(&partial, archive.finish()).map_err(file_error("write", &partial))?;
     fs::rename(&partial, image).map_err(file_error("write", image))
 }
 
-/// The initramfs of a Linux in L2: `l2-init` and nothing else.
-fn guest(image: &Path, programs: &[Built]) -> Result<Vec<u8>, Error> {
+/// The modules of L1 that L2 needs, too: the guest driver's device is on virtio-mmio.
+const GUEST_MODULES: &[&str] = &["virtio_ring", "virtio", "virtio_mmio", "drm"];
+
+/// The initramfs of a Linux in L2: `l2-init`, the guest driver, and a program that draws.
+fn guest(image: &Path, kernel: &Kernel, programs: &[Built]) -> Result<Vec<u8>, Error> {
     let mut archive = Archive::new();
-    for folder in ["dev", "proc"] {
+    for folder in ["dev", "proc", "tmp"] {
         archive.folder(Path::new(folder));
     }
     archive.entry("dev/console", mode::CHARACTER_DEVICE, (5, 1), &[]);
@@ -185,7 +194,50 @@ fn guest(image: &Path, programs: &[Built]) -> Result<Vec<u8>, Error> {
     {
         archive.program("init", init, image)?;
     }
+    for native in programs
+        .iter()
+        .filter(|program| program.program == programs::NATIVE)
+    {
+        archive.program("bin/native", native, image)?;
+    }
+    let mut order = String::new();
+    for (file, _) in &kernel.modules {
+        let name = file.file_stem().unwrap_or_default().to_string_lossy();
+        if GUEST_MODULES.contains(&name.as_ref()) {
+            archive.file(&format!("modules/{name}.ko"), mode::FILE, file)?;
+            order += &format!("{name}.ko\n");
+        }
+    }
+    archive.entry("modules/order", mode::FILE, (0, 0), order.as_bytes());
+    let module = image.with_file_name("pvgpu.ko");
+    command::capture(
+        Command::new("strip")
+            .args(["--strip-debug", "-o"])
+            .arg(&module)
+            .arg(linux_module(kernel)?),
+    )?;
+    archive.file("modules/pvgpu.ko", mode::FILE, &module)?;
     Ok(archive.finish())
+}
+
+/// Builds the guest driver for `kernel` and gives the module.
+fn linux_module(kernel: &Kernel) -> Result<PathBuf, Error> {
+    let headers = kernel.headers();
+    packages::install_missing(packages::LINUX_MODULE)?;
+    packages::install_missing(&[&headers])?;
+    let folder = programs::target_directory()?
+        .with_file_name("guest-driver")
+        .join("linux");
+    command::capture(
+        Command::new("make")
+            .args(["--silent", "-C"])
+            .arg(&folder)
+            .arg(format!("KDIR=/usr/src/{headers}"))
+            // This task's own cargo has set variables that are not meant for another compiler.
+            .env_remove("RUSTC")
+            .env_remove("RUSTUP_TOOLCHAIN"),
+    )?;
+    Ok(folder.join("build").join(headers).join("pvgpu.ko"))
 }
 
 /// The libraries that `program` is linked to, the dynamic linker included, by `ldd`. None for a static one.

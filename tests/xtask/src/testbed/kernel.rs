@@ -16,6 +16,7 @@ pub const MODULES: &[(&str, &str)] = &[
     ("vgem", ""),
     ("virtio_pci", ""), // what finds the GPU on the PCI bus
     ("virtio_gpu", ""),
+    ("virtio_mmio", ""),  // how L2 finds its GPU
     ("9p", ""),           // the folder that L1 shares with L0 ...
     ("9pnet_virtio", ""), // ... and how it gets there
 ];
@@ -30,6 +31,14 @@ pub struct Kernel {
     pub bzimage: PathBuf,
     /// Modules in loading order: file, parameters.
     pub modules: Vec<(PathBuf, String)>,
+}
+
+impl Kernel {
+    /// The package with the headers that modules for it are built with; they are in a folder of that name in `/usr/src`.
+    pub fn headers(&self) -> String {
+        let package = self.version.split(' ').next().unwrap_or_default();
+        package.replacen("linux-image-", "linux-headers-", 1)
+    }
 }
 
 /// Gives the kernel behind the package `meta` of those that apt has to offer, from the cache where it is already there.

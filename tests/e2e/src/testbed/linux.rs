@@ -1,0 +1,71 @@
+//! A Debian kernel in L2 with the guest driver as a module: an unmodified program draws on its node what it draws
+//! natively. The guest's first process is `l2-init`, the program is `native`.
+
+use std::time::Duration;
+
+use super::boot::{EXIT_CODE, PARAMETERS};
+use super::mini_vmm::start;
+use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, expected};
+use super::{Failure, Test};
+use crate::ensure;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "a_linux_guest_draws_on_vgem_what_a_native_program_draws",
+        run: || draws(&VGEM, "inline"),
+    },
+    Test {
+        name: "a_linux_guest_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draws(&VIRTIO_GPU, "inline"),
+    },
+    Test {
+        name: "a_linux_guest_draws_on_virtio_gpu_with_a_worker_thread",
+        run: || draws(&VIRTIO_GPU, "worker"),
+    },
+    Test {
+        name: "a_linux_guest_draws_on_the_embedded_gpu_what_is_drawn_without_a_vm",
+        run: || draws(&SOFT, "inline"),
+    },
+];
+
+/// Booting takes seconds, and the embedded GPU draws twice, emulated.
+const LIMIT: Duration = Duration::from_secs(120);
+
+fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+    let picture = expected(gpu)?;
+    let ended = start(&[
+        "--kernel",
+        "/boot/vmlinux",
+        "--initrd",
+        "/boot/l2.cpio",
+        "--memory",
+        "256M",
+        "--cpus",
+        "1",
+        "--cmdline",
+        &format!("{PARAMETERS} l2.exit={EXIT_CODE} l2.draw={}", gpu.name),
+        "--gpu",
+        &(gpu.argument)()?,
+        "--doorbell",
+        doorbell,
+        "--watchdog",
+        "60",
+    ])?
+    .wait(LIMIT)?;
+    ended.expect(EXIT_CODE)?;
+    let expected = format!(
+        "picture {}x{} {:016x}",
+        picture.width,
+        picture.height,
+        picture.fingerprint()
+    );
+    // Once for each time that the module was loaded.
+    let found = ended.output.lines().filter(|line| line.trim() == expected);
+    let count = found.count();
+    ensure!(
+        count == 2,
+        "the guest has drawn `{expected}` {count} times, not twice: {}",
+        ended.tail()
+    );
+    Ok(())
+}
