@@ -137,7 +137,7 @@ static const struct file_operations pvgpu_object_operations = {
 	.llseek = noop_llseek,
 };
 
-int pvgpu_object_fd(struct pvgpu *device, int object)
+int pvgpu_object_fd(struct pvgpu *device, int object, int descriptor)
 {
 	struct pvgpu_file *file = kzalloc(sizeof(*file), GFP_KERNEL);
 	int fd = -ENOMEM;

@@ -22,6 +22,14 @@ struct pvgpu_identity {
 	u64 aperture;
 };
 
+/* What a file descriptor is of (protocol/src/schema.rs, Descriptor). */
+enum pvgpu_descriptor {
+	PVGPU_DMA_BUF,
+	PVGPU_SYNC_FILE,
+	PVGPU_SYNCOBJ,
+	PVGPU_EVENTFD,
+};
+
 /* One request queue. */
 struct pvgpu_queue {
 	spinlock_t lock;	/* the virtqueue, and the state of the messages in it */
@@ -78,7 +86,7 @@ void *pvgpu_allocate(size_t length);
 int pvgpu_copy_from_user(void *target, u64 source, size_t length);
 int pvgpu_copy_to_user(u64 target, const void *source, size_t length);
 int pvgpu_fd_object(struct pvgpu *device, int fd);
-int pvgpu_object_fd(struct pvgpu *device, int object);
+int pvgpu_object_fd(struct pvgpu *device, int object, int descriptor);
 struct pvgpu_message *pvgpu_message_new(struct pvgpu *device, size_t request, size_t response);
 void *pvgpu_message_request(struct pvgpu_message *message);
 const void *pvgpu_message_response(const struct pvgpu_message *message);

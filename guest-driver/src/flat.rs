@@ -6,6 +6,7 @@
 
 use crate::marshal::Caller;
 use pvgpu_protocol::Errno;
+use pvgpu_protocol::schema::Descriptor;
 
 /// The memory of this very program.
 pub struct Flat(());
@@ -48,7 +49,7 @@ impl Caller for Flat {
         Ok(fd)
     }
 
-    fn fd(&mut self, object: i32) -> Result<i32, Errno> {
+    fn fd(&mut self, object: i32, _: Descriptor) -> Result<i32, Errno> {
         Ok(object)
     }
 }

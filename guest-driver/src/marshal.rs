@@ -6,7 +6,7 @@
 use core::ops::Range;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::layout::{Layout, PRESENT, Payload, lay_out, structs};
-use pvgpu_protocol::schema::{Direction, Element, Field, Ioctl, Kind, Struct};
+use pvgpu_protocol::schema::{Descriptor, Direction, Element, Field, Ioctl, Kind, Struct};
 
 /// The program that has called: its memory and its file descriptors.
 pub trait Caller {
@@ -19,8 +19,8 @@ pub trait Caller {
     /// The object behind one of the caller's file descriptors; `EBADF` when it is none of this session's.
     fn object(&self, fd: i32) -> Result<i32, Errno>;
 
-    /// Gives the caller a file descriptor for an object.
-    fn fd(&mut self, object: i32) -> Result<i32, Errno>;
+    /// Gives the caller a file descriptor of that sort for an object.
+    fn fd(&mut self, object: i32, descriptor: Descriptor) -> Result<i32, Errno>;
 }
 
 /// A request's payload that is being gathered into a buffer.
@@ -93,7 +93,7 @@ fn encode_field<C: Caller + ?Sized>(
             let deadline = u64::try_from(value.cast_signed()).unwrap_or(0);
             deadline.saturating_sub(now_ns)
         }
-        Kind::Fd(direction) if direction.is_in() => {
+        Kind::Fd(direction, _) if direction.is_in() => {
             let object = caller.object(signed(value))?;
             u64::from(object.cast_unsigned())
         }
@@ -161,7 +161,7 @@ fn decode_struct<C: Caller + ?Sized>(
         }
         let kept = matches!(
             field.kind(structure, bytes),
-            Kind::Pointer(_) | Kind::Deadline | Kind::Fd(_)
+            Kind::Pointer(_) | Kind::Deadline | Kind::Fd(..)
         );
         if kept {
             write(run)?;
@@ -172,11 +172,12 @@ fn decode_struct<C: Caller + ?Sized>(
     }
     write(run)?;
     for field in structure.fields {
-        let Kind::Fd(Direction::Out | Direction::InOut) = field.kind(structure, bytes) else {
+        let Kind::Fd(Direction::Out | Direction::InOut, descriptor) = *field.kind(structure, bytes)
+        else {
             continue;
         };
         let fd = match signed(field.read(bytes)) {
-            object if object > 0 => caller.fd(object)?,
+            object if object > 0 => caller.fd(object, descriptor)?,
             _ => -1,
         };
         if field.range().end <= bytes.len() {

@@ -13,7 +13,7 @@ use pvgpu_protocol::layout::Layout;
 use pvgpu_protocol::schema::Ioctl;
 use pvgpu_protocol::wire::{
     CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PollRequest,
-    ReadRequest, RequestHeader, ResponseHeader, UnmapRequest, VERSION,
+    ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest, VERSION, WatchRequest,
 };
 use pvgpu_protocol::{Errno, wire};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -305,6 +305,27 @@ impl<C: Channel> Session<C> {
             .map(i32::cast_unsigned)
     }
 
+    /// As [`Session::poll`], but does not wait: gives the events that are there. If there are none, the host reports them
+    /// later by exactly one [`wire::Event`] with this `id`, which must be that of no other request. It may have done so
+    /// before this returns. [`Session::cancel`] ends it sooner.
+    pub fn watch(&mut self, id: u64, object: ObjectId, events: u32) -> Result<u32, Errno> {
+        let body = WatchRequest {
+            events: events.into(),
+            reserved: 0.into(),
+        };
+        let watch = (Operation::Watch, object.0, id);
+        self.call_as(watch, &body, 0, |events, _| Ok(events.cast_unsigned()))
+    }
+
+    /// Size of an object in bytes; `ESPIPE` when it has none.
+    pub fn size(&mut self, object: ObjectId) -> Result<u64, Errno> {
+        let room = size_of::<SizeResponse>();
+        self.call_with(Operation::Size, object.0, &(), room, |_, payload| {
+            let size = SizeResponse::ref_from_bytes(payload).map_err(|_| Errno::EPROTO)?;
+            Ok(size.size.get())
+        })
+    }
+
     /// Reads from a file into `bytes` and returns how many there were.
     pub fn read(&mut self, file: ObjectId, bytes: &mut [u8]) -> Result<usize, Errno> {
         let length = u32::try_from(bytes.len()).map_err(|_| Errno::EINVAL)?;
@@ -373,7 +394,17 @@ impl<C: Channel> Session<C> {
         take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let id = self.new_id();
-        let pending = start(&mut self.channel, (operation, object, id), body, &[], room)?;
+        self.call_as((operation, object, id), body, room, take)
+    }
+
+    fn call_as<B: IntoBytes + Immutable, T>(
+        &mut self,
+        what: (Operation, i32, u64),
+        body: &B,
+        room: usize,
+        take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
+    ) -> Result<T, Errno> {
+        let pending = start(&mut self.channel, what, body, &[], room)?;
         self.channel.doorbell();
         let result = self
             .settle(&pending)

@@ -240,8 +240,8 @@ impl Call {
                 Ok(())
             }
             // An older form of the struct has no place for it.
-            Kind::Fd(_) if !inside => Err(Errno::EINVAL),
-            Kind::Fd(direction) => {
+            Kind::Fd(..) if !inside => Err(Errno::EINVAL),
+            Kind::Fd(direction, _) => {
                 let object = match direction.is_in() {
                     true => {
                         let id = i32::from_le_bytes(lower_half(value));

@@ -70,6 +70,11 @@ pub trait HostObject: Any + Send + Sync {
         Err(Errno::EINVAL)
     }
 
+    /// Its size in bytes, as `lseek(2)` to its end gives it; `ESPIPE` when it has none.
+    fn size(&self) -> Result<u64, Errno> {
+        Err(Errno::ESPIPE)
+    }
+
     /// The host file descriptor behind it, if there is one: what a real ioctl takes for it.
     fn fd(&self) -> Option<BorrowedFd<'_>> {
         None

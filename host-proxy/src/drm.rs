@@ -207,6 +207,10 @@ impl HostObject for DrmFile {
 struct DrmObject(OwnedFd);
 
 impl HostObject for DrmObject {
+    fn size(&self) -> Result<u64, Errno> {
+        ioctl::size(self.0.as_fd()).map_err(errno)
+    }
+
     fn mapping(&self, offset: u64, _length: u64, _protection: u32) -> Result<Mapping, Errno> {
         mapping(&self.0, offset)
     }

@@ -14,7 +14,7 @@ use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
 use pvgpu_protocol::schema::Space;
 use pvgpu_protocol::wire::{
     self, CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PAGE_SIZE,
-    PollRequest, ReadRequest, RequestHeader, ResponseHeader, UnmapRequest,
+    PollRequest, ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest,
 };
 use pvgpu_protocol::{Errno, family};
 use std::collections::HashMap;
@@ -387,6 +387,17 @@ impl Shared {
                     }
                 };
                 self.run(id, waits, ask, complete)
+            }
+            Operation::Watch => Err(Errno::ENOSYS),
+            Operation::Size => {
+                require(rest.is_empty(), Errno::EINVAL)?;
+                require(room >= size_of::<SizeResponse>(), Errno::EINVAL)?;
+                let size = self.object(object_id)?.host().size()?;
+                let size = SizeResponse { size: size.into() };
+                Ok(Some(Response {
+                    payload: Payload::Bytes(size.as_bytes().to_vec()),
+                    ..Response::new(id, Ok(0))
+                }))
             }
             Operation::Cancel => {
                 let cancel: &CancelRequest = only_body(rest)?;

@@ -16,7 +16,7 @@ pub(crate) struct Counters {
     operations: [AtomicU64; OPERATIONS],
 }
 
-const OPERATIONS: usize = 10;
+const OPERATIONS: usize = 12;
 
 impl Counters {
     pub(crate) fn count(&self, operation: Operation) {

@@ -40,6 +40,7 @@ errnos! {
     EMFILE = 24: "Too many open files.",
     ENOTTY = 25: "No such ioctl on this device.",
     ENOSPC = 28: "No space in the aperture.",
+    ESPIPE = 29: "That object has no size.",
     EDOM = 33: "Argument out of domain.",
     ENOSYS = 38: "No such operation.",
     ETIME = 62: "Timer expired.",

@@ -139,7 +139,7 @@ pub enum Kind {
     /// A handle that the call creates; after success the file owns it.
     NewHandle(Space),
     /// A file descriptor (signed; an object id on the wire).
-    Fd(Direction),
+    Fd(Direction, Descriptor),
     /// Absolute time of `CLOCK_MONOTONIC` in nanoseconds (signed). Travels as nanoseconds from now, since the two
     /// sides have different clocks; zero or less is already over.
     Deadline,
@@ -154,6 +154,19 @@ pub enum Space {
     Gem,
     /// DRM synchronization objects.
     Syncobj,
+}
+
+/// What a file descriptor is of. The guest's kernel makes one of its own of the same sort for each that comes out.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Descriptor {
+    /// A buffer object (`linux/dma-buf.h`).
+    DmaBuf = 0,
+    /// A fence (`linux/sync_file.h`).
+    SyncFile = 1,
+    /// A DRM synchronization object.
+    Syncobj = 2,
+    /// An `eventfd(2)`.
+    Eventfd = 3,
 }
 
 /// Which way data goes, seen from the ioctl's caller.
@@ -415,7 +428,7 @@ impl Rule {
 
 /// Short constructors for the tables.
 pub mod rule {
-    use super::{Count, Direction, Element, Kind, Pointer, Rule, Space};
+    use super::{Count, Descriptor, Direction, Element, Kind, Pointer, Rule, Space};
     use crate::Errno;
 
     const fn always(kind: Kind) -> Rule {
@@ -462,8 +475,8 @@ pub mod rule {
     }
 
     /// [`Kind::Fd`].
-    pub const fn fd(direction: Direction) -> Rule {
-        always(Kind::Fd(direction))
+    pub const fn fd(direction: Direction, descriptor: Descriptor) -> Rule {
+        always(Kind::Fd(direction, descriptor))
     }
 
     /// [`Kind::Pointer`] that must not be null when it has elements.

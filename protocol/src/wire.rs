@@ -29,7 +29,7 @@ pub struct ConfigSpace {
     pub magic: U32,
     /// [`VERSION`].
     pub version: U16,
-    /// Number of request queues; the event queue follows them.
+    /// Number of request queues; the event queue, which takes buffers for an [`Event`] each, follows them.
     pub request_queues: U16,
 }
 
@@ -57,6 +57,11 @@ pub enum Operation {
     Cancel = 8,
     /// Does nothing: what a round trip costs, and whether the proxy is alive.
     Nop = 9,
+    /// As [`Operation::Poll`], but what is not there yet is reported on the event queue: body [`WatchRequest`]; the result is
+    /// the set of events that are there, or zero, and then exactly one [`Event`] follows.
+    Watch = 10,
+    /// Size of the object: payload [`SizeResponse`]. `ESPIPE` when it has none.
+    Size = 11,
 }
 
 impl Operation {
@@ -73,6 +78,8 @@ impl Operation {
             7 => Self::Read,
             8 => Self::Cancel,
             9 => Self::Nop,
+            10 => Self::Watch,
+            11 => Self::Size,
             _ => return None,
         })
     }
@@ -95,6 +102,8 @@ impl Operation {
             Self::Read => "read",
             Self::Cancel => "cancel",
             Self::Nop => "nop",
+            Self::Watch => "watch",
+            Self::Size => "size",
         }
     }
 }
@@ -225,6 +234,42 @@ pub struct PollRequest {
     pub timeout_ns: I64,
 }
 
+/// Body of [`Operation::Watch`].
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+pub struct WatchRequest {
+    /// `POLLIN` and the like (values of x86-64 Linux).
+    pub events: U32,
+    /// Zero.
+    pub reserved: U32,
+}
+
+/// What the host writes into a buffer of the event queue.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+pub struct Event {
+    /// The id of the [`Operation::Watch`] that this ends.
+    pub id: U64,
+    /// The events that are there, `POLLERR` and `POLLHUP` included; zero when the watch was cancelled.
+    pub events: U32,
+    /// Zero.
+    pub reserved: U32,
+}
+
+/// Payload of the answer to [`Operation::Size`].
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+pub struct SizeResponse {
+    /// Size in bytes, as `lseek(.., SEEK_END)` gives it.
+    pub size: U64,
+}
+
 /// Body of [`Operation::Read`]. Waits for data unless the file was opened with [`open::NONBLOCK`].
 #[repr(C)]
 #[derive(
@@ -253,10 +298,10 @@ mod tests {
 
     #[test]
     fn every_operation_keeps_its_number() {
-        for number in 0..10 {
+        for number in 0..12 {
             assert_eq!(Operation::from_number(number).unwrap().number(), number);
         }
-        assert_eq!(Operation::from_number(10), None);
+        assert_eq!(Operation::from_number(12), None);
     }
 
     #[test]

@@ -30,8 +30,9 @@ unsafe extern "C" {
     pub fn pvgpu_copy_to_user(target: u64, source: *const u8, length: usize) -> c_int;
     /// The object behind a file descriptor of the calling process, or `-EBADF`.
     pub fn pvgpu_fd_object(device: *mut Device, fd: c_int) -> c_int;
-    /// A new file descriptor for an object, or `-errno`; the object is then closed with the file, or already.
-    pub fn pvgpu_object_fd(device: *mut Device, object: c_int) -> c_int;
+    /// A new file descriptor for an object of that sort (`enum pvgpu_descriptor`), or `-errno`; the object is then closed with the
+    /// file, or already.
+    pub fn pvgpu_object_fd(device: *mut Device, object: c_int, descriptor: c_int) -> c_int;
     /// A message with room for that many zeroed bytes; null when there is no memory.
     pub fn pvgpu_message_new(device: *mut Device, request: usize, response: usize) -> *mut Message;
     /// Where the request is; its length is what the message was made with.

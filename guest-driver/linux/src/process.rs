@@ -5,6 +5,7 @@ use crate::kernel::{self, Device};
 use core::ffi::c_int;
 use pvgpu_guest_driver::marshal::Caller;
 use pvgpu_protocol::Errno;
+use pvgpu_protocol::schema::Descriptor;
 
 /// The process that runs this call.
 pub struct Process {
@@ -48,8 +49,9 @@ impl Caller for Process {
         result(unsafe { kernel::pvgpu_fd_object(self.device, fd) })
     }
 
-    fn fd(&mut self, object: i32) -> Result<i32, Errno> {
+    fn fd(&mut self, object: i32, descriptor: Descriptor) -> Result<i32, Errno> {
+        let descriptor = descriptor as c_int;
         // SAFETY: the device is alive and this is process context, by the promise of `current`.
-        result(unsafe { kernel::pvgpu_object_fd(self.device, object) })
+        result(unsafe { kernel::pvgpu_object_fd(self.device, object, descriptor) })
     }
 }

@@ -184,3 +184,10 @@ pub(super) fn read(fd: BorrowedFd<'_>, buffer: &mut [u8]) -> io::Result<usize> {
     let result = unsafe { libc::read(fd.as_raw_fd(), buffer.as_mut_ptr().cast(), buffer.len()) };
     usize::try_from(result).map_err(|_| io::Error::last_os_error())
 }
+
+/// The end of what it holds; the position that this sets means nothing to a dma-buf.
+pub(super) fn size(fd: BorrowedFd<'_>) -> io::Result<u64> {
+    // SAFETY: takes no memory.
+    let end = unsafe { libc::lseek(fd.as_raw_fd(), 0, libc::SEEK_END) };
+    u64::try_from(end).map_err(|_| io::Error::last_os_error())
+}

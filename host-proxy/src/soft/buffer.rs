@@ -168,6 +168,10 @@ impl Buffer {
 pub(super) struct DmaBuf(pub(super) Arc<Buffer>);
 
 impl HostObject for DmaBuf {
+    fn size(&self) -> Result<u64, Errno> {
+        Ok(self.0.size())
+    }
+
     fn mapping(&self, offset: u64, length: u64, _protection: u32) -> Result<Mapping, Errno> {
         match offset {
             0 => self.0.mapping(length),

@@ -8,7 +8,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Condition, Count, Direction, Element, Ioctl, Space, command, rule::*,
+    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space, command,
+    rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 
@@ -129,7 +130,7 @@ uapi_struct! {
         /// Flags ([`prime`]).
         flags: u32 = [flags((prime::CLOEXEC | prime::RDWR) as u64)],
         /// The dma-buf.
-        fd: i32 = [fd(Direction::Out)],
+        fd: i32 = [fd(Direction::Out, Descriptor::DmaBuf)],
     }
 }
 
@@ -141,7 +142,7 @@ uapi_struct! {
         /// Not used in this direction.
         flags: u32 = [OUTPUT],
         /// The dma-buf.
-        fd: i32 = [fd(Direction::In)],
+        fd: i32 = [fd(Direction::In, Descriptor::DmaBuf)],
     }
 }
 
@@ -180,7 +181,14 @@ uapi_struct! {
         /// Flags ([`syncobj::EXPORT_SYNC_FILE`]).
         flags: u32 = [flags(syncobj::EXPORT_SYNC_FILE as u64)],
         /// The object or the sync file.
-        fd: i32 = [fd(Direction::Out)],
+        fd: i32 = [
+            fd(Direction::Out, Descriptor::SyncFile).when(
+                at!(flags),
+                syncobj::EXPORT_SYNC_FILE as u64,
+                syncobj::EXPORT_SYNC_FILE as u64,
+            ),
+            fd(Direction::Out, Descriptor::Syncobj),
+        ],
         /// Padding.
         pad: u32 = [ZERO],
     }
@@ -201,7 +209,14 @@ uapi_struct! {
         /// Flags ([`syncobj::IMPORT_SYNC_FILE`]).
         flags: u32 = [flags(syncobj::IMPORT_SYNC_FILE as u64)],
         /// The object or the sync file.
-        fd: i32 = [fd(Direction::In)],
+        fd: i32 = [
+            fd(Direction::In, Descriptor::SyncFile).when(
+                at!(flags),
+                syncobj::IMPORT_SYNC_FILE as u64,
+                syncobj::IMPORT_SYNC_FILE as u64,
+            ),
+            fd(Direction::In, Descriptor::Syncobj),
+        ],
         /// Padding.
         pad: u32 = [ZERO],
     }
@@ -325,7 +340,7 @@ uapi_struct! {
         /// The point, zero without a timeline.
         point: u64 = [VALUE],
         /// The eventfd.
-        fd: i32 = [fd(Direction::In)],
+        fd: i32 = [fd(Direction::In, Descriptor::Eventfd)],
         /// Padding.
         pad: u32 = [ZERO],
     }

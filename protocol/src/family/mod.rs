@@ -135,7 +135,7 @@ mod tests {
                 for rule in creates {
                     if matches!(
                         rule.kind,
-                        Kind::NewHandle(_) | Kind::Fd(crate::schema::Direction::Out)
+                        Kind::NewHandle(_) | Kind::Fd(crate::schema::Direction::Out, _)
                     ) {
                         faults.push(format!(
                             "{}: gives something out that it never writes back",
@@ -205,7 +205,7 @@ mod tests {
                     | Kind::OptionalHandle { .. }
                     | Kind::ClosedHandle { .. }
                     | Kind::NewHandle(_)
-                    | Kind::Fd(_) => &[4],
+                    | Kind::Fd(..) => &[4],
                     Kind::Deadline | Kind::Pointer(_) => &[8],
                 };
                 if !allowed.is_empty() && !allowed.contains(&field.size) {

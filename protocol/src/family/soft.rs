@@ -8,7 +8,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Condition, Count, Direction, Element, Ioctl, Space, command, rule::*,
+    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space, command,
+    rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -205,9 +206,9 @@ uapi_struct! {
         flags: u32 = [flags(SUBMIT_FENCE_FD)],
         /// The fence to wait for, replaced by that of this submission; ignored when no flag says so.
         fence_fd: i32 = [
-            fd(Direction::InOut).when(at!(flags), SUBMIT_FENCE_FD, SUBMIT_FENCE_FD),
-            fd(Direction::In).when(at!(flags), SUBMIT_FENCE_FD, SUBMIT_FENCE_FD_IN as u64),
-            fd(Direction::Out).when(at!(flags), SUBMIT_FENCE_FD, SUBMIT_FENCE_FD_OUT as u64),
+            fd(Direction::InOut, Descriptor::SyncFile).when(at!(flags), SUBMIT_FENCE_FD, SUBMIT_FENCE_FD),
+            fd(Direction::In, Descriptor::SyncFile).when(at!(flags), SUBMIT_FENCE_FD, SUBMIT_FENCE_FD_IN as u64),
+            fd(Direction::Out, Descriptor::SyncFile).when(at!(flags), SUBMIT_FENCE_FD, SUBMIT_FENCE_FD_OUT as u64),
             VALUE,
         ],
         /// Number of this submission, counted per file from 1.

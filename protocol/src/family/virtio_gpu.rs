@@ -7,7 +7,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Condition, Count, Direction, Element, Ioctl, Space, command, rule::*,
+    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space, command,
+    rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 
@@ -143,13 +144,13 @@ uapi_struct! {
         num_bo_handles: u32 = [VALUE],
         /// Sync file to wait for, sync file of this submission.
         fence_fd: i32 = [
-            fd(Direction::InOut).when(
+            fd(Direction::InOut, Descriptor::SyncFile).when(
                 at!(flags),
                 (exec::FENCE_FD_IN | exec::FENCE_FD_OUT) as u64,
                 (exec::FENCE_FD_IN | exec::FENCE_FD_OUT) as u64,
             ),
-            fd(Direction::In).when(at!(flags), exec::FENCE_FD_IN as u64, exec::FENCE_FD_IN as u64),
-            fd(Direction::Out).when(at!(flags), exec::FENCE_FD_OUT as u64, exec::FENCE_FD_OUT as u64),
+            fd(Direction::In, Descriptor::SyncFile).when(at!(flags), exec::FENCE_FD_IN as u64, exec::FENCE_FD_IN as u64),
+            fd(Direction::Out, Descriptor::SyncFile).when(at!(flags), exec::FENCE_FD_OUT as u64, exec::FENCE_FD_OUT as u64),
             VALUE,
         ],
         /// The ring.

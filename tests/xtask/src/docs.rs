@@ -3,7 +3,8 @@
 
 use pvgpu_protocol::family::{self, Family};
 use pvgpu_protocol::schema::{
-    Allocates, Blocking, Condition, Count, Direction, Element, Ioctl, Kind, Space, Struct, command,
+    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Kind, Space,
+    Struct, command,
 };
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -252,6 +253,16 @@ fn words(structure: &Struct, condition: &Condition) -> String {
     }
 }
 
+/// What a file descriptor is of.
+fn descriptor(of: Descriptor) -> &'static str {
+    match of {
+        Descriptor::DmaBuf => "dma-buf",
+        Descriptor::SyncFile => "sync_file",
+        Descriptor::Syncobj => "syncobj",
+        Descriptor::Eventfd => "eventfd",
+    }
+}
+
 fn space(space: Space) -> &'static str {
     match space {
         Space::Gem => "GEM handle",
@@ -284,9 +295,11 @@ fn meaning(structure: &Struct, field: &str, kind: &Kind) -> String {
             )
         }
         Kind::NewHandle(of) => format!("output: new {}", space(of)),
-        Kind::Fd(Direction::In) => "file descriptor".into(),
-        Kind::Fd(Direction::Out) => "output: new file descriptor".into(),
-        Kind::Fd(Direction::InOut) => "file descriptor; then output: new file descriptor".into(),
+        Kind::Fd(Direction::In, of) => format!("{} fd", descriptor(of)),
+        Kind::Fd(Direction::Out, of) => format!("output: new {} fd", descriptor(of)),
+        Kind::Fd(Direction::InOut, of) => {
+            format!("{0} fd; then output: new {0} fd", descriptor(of))
+        }
         Kind::Deadline => "point in time (`CLOCK_MONOTONIC`, nanoseconds)".into(),
         Kind::Pointer(pointer) => {
             let elements = match pointer.element {
