@@ -469,6 +469,11 @@ fn the_document_gives_every_fixed_record_its_size() {
         ("Body of `poll`", size_of::<wire::PollRequest>()),
         ("Body of `read`", size_of::<wire::ReadRequest>()),
         ("Body of `cancel`", size_of::<wire::CancelRequest>()),
+        ("Body of `watch`", size_of::<wire::WatchRequest>()),
+        (
+            "Payload of the answer to `size`",
+            size_of::<wire::SizeResponse>(),
+        ),
     ] {
         let title = format!("{name}, {size} bytes:");
         assert!(
