@@ -3,18 +3,20 @@
  * The virtio device (MMIO or PCI): its queues, the messages in them, and the kernel's services for the Rust half. Knows neither
  * the protocol nor any ioctl.
  */
+#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/platform_device.h>
+#include <linux/rcupdate.h>
 #include <linux/scatterlist.h>
 #include <linux/slab.h>
 #include <linux/timekeeping.h>
 #include <linux/uaccess.h>
 #include <linux/version.h>
+#include <linux/vmalloc.h>
 
 #include "pvgpu.h"
 
 #define PVGPU_DEVICE_ID 63
-#define PVGPU_APERTURE_REGION 0
 #define PVGPU_MAGIC 0x50475650u	/* "PVGP" */
 
 /* The virtio configuration space (protocol/src/wire.rs). */
@@ -26,22 +28,41 @@ struct pvgpu_config {
 
 /* --- messages --- */
 
-struct pvgpu_message *pvgpu_message_new(struct pvgpu *device, size_t request, size_t response)
+/* How long a wait that no signal ends may last: far longer than a host takes to end a request that was cancelled. */
+#define PVGPU_SOON (10 * HZ)
+
+struct pvgpu_message *pvgpu_message_new(size_t request, size_t response)
 {
 	size_t offset = ALIGN(request, L1_CACHE_BYTES);
 	struct pvgpu_message *message;
+	bool inside;
 
 	if (request > KMALLOC_MAX_SIZE || response > KMALLOC_MAX_SIZE)
 		return NULL;
-	message = kzalloc(struct_size(message, bytes, offset + response), GFP_KERNEL | __GFP_NOWARN);
+	/* A buffer of several pages need not be in one piece of memory, and starts a page. */
+	inside = offset + response <= PAGE_SIZE;
+	message = kzalloc(struct_size(message, inside, inside ? offset + response : 0), GFP_KERNEL_ACCOUNT);
 	if (!message)
 		return NULL;
-	message->device = device;
+	if (!inside)
+		offset = PAGE_ALIGN(request);
+	message->bytes = inside ? message->inside : kvzalloc(offset + response, GFP_KERNEL_ACCOUNT | __GFP_NOWARN);
+	if (!message->bytes) {
+		kfree(message);
+		return NULL;
+	}
 	message->request = request;
 	message->response = response;
 	message->response_offset = offset;
 	init_completion(&message->done);
 	return message;
+}
+
+static void pvgpu_message_free(struct pvgpu_message *message)
+{
+	if (message->bytes != message->inside)
+		kvfree(message->bytes);
+	kfree(message);
 }
 
 void *pvgpu_message_request(struct pvgpu_message *message)
@@ -64,32 +85,85 @@ size_t pvgpu_message_written(const struct pvgpu_message *message)
 	return message->state == PVGPU_COMPLETE ? message->written : 0;
 }
 
-int pvgpu_message_submit(struct pvgpu_message *message, size_t length)
+/* Lists the pieces of memory that a part of a message lies in. */
+static int pvgpu_message_list(u8 *bytes, size_t length, struct sg_table *list)
 {
-	struct pvgpu *device = message->device;
-	struct pvgpu_queue *queue = &device->queues[raw_smp_processor_id() % device->queue_count];
-	struct scatterlist out, in, *lists[] = { &out, &in };
+	unsigned int count = PFN_UP(length), index;
+	struct page **pages;
+	int error;
+
+	if (!is_vmalloc_addr(bytes)) {
+		error = sg_alloc_table(list, 1, GFP_KERNEL);
+		if (!error)
+			sg_set_buf(list->sgl, bytes, length);
+		return error;
+	}
+	pages = kvmalloc_array(count, sizeof(*pages), GFP_KERNEL);
+	if (!pages)
+		return -ENOMEM;
+	for (index = 0; index < count; index++)
+		pages[index] = vmalloc_to_page(bytes + index * PAGE_SIZE);
+	error = sg_alloc_table_from_pages(list, pages, count, 0, length, GFP_KERNEL);
+	kvfree(pages);
+	return error;
+}
+
+/* Queues a message; -ENOSPC when there is no room for it now. */
+static int pvgpu_message_queue(struct pvgpu_message *message, struct scatterlist *lists[2])
+{
+	struct pvgpu_queue *queue = message->queue;
 	unsigned long flags;
 	int error;
 
-	if (message->state != PVGPU_FILLING || !length || length > message->request)
-		return -EINVAL;
-	sg_init_one(&out, message->bytes, length);
-	sg_init_one(&in, message->bytes + message->response_offset, message->response);
-	message->queue = queue;
 	spin_lock_irqsave(&queue->lock, flags);
-	if (device->gone) {
+	if (queue->gone) {
 		error = -ENODEV;
 	} else {
 		error = virtqueue_add_sgs(queue->ring, lists, 1, 1, message, GFP_ATOMIC);
 		if (!error) {
 			message->state = PVGPU_IN_FLIGHT;
+			queue->in_flight++;
 			queue->submitted = true;
-		} else if (error == -ENOSPC) {
-			error = -EAGAIN;
+		} else if (!queue->in_flight) {
+			/* It would never become better. */
+			error = -ENOMEM;
 		}
 	}
 	spin_unlock_irqrestore(&queue->lock, flags);
+	return error;
+}
+
+int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_queue *queue, size_t length,
+			 enum pvgpu_patience patience)
+{
+	struct sg_table out, in;
+	struct scatterlist *lists[2];
+	int error, waited;
+
+	if (message->state != PVGPU_FILLING || !length || length > message->request)
+		return -EINVAL;
+	error = pvgpu_message_list(message->bytes, length, &out);
+	if (error)
+		return error;
+	error = pvgpu_message_list(message->bytes + message->response_offset, message->response, &in);
+	if (error)
+		goto free;
+	lists[0] = out.sgl;
+	lists[1] = in.sgl;
+	message->queue = queue;
+	if (patience == PVGPU_SOON_ONLY)
+		waited = wait_event_timeout(queue->room, (error = pvgpu_message_queue(message, lists)) != -ENOSPC,
+					    PVGPU_SOON) ? 0 : -EIO;
+	else if (patience == PVGPU_KILLABLE)
+		waited = wait_event_killable(queue->room, (error = pvgpu_message_queue(message, lists)) != -ENOSPC);
+	else
+		waited = wait_event_interruptible(queue->room,
+						  (error = pvgpu_message_queue(message, lists)) != -ENOSPC);
+	if (waited)
+		error = waited == -ERESTARTSYS ? -EINTR : waited;
+	sg_free_table(&in);
+free:
+	sg_free_table(&out);
 	return error;
 }
 
@@ -98,16 +172,30 @@ static void pvgpu_queue_take(struct pvgpu_queue *queue)
 {
 	struct pvgpu_message *message;
 	unsigned int written;
+	bool room = false;
 
 	while ((message = virtqueue_get_buf(queue->ring, &written))) {
+		queue->in_flight--;
+		room = true;
 		if (message->state == PVGPU_ABANDONED) {
-			kfree(message);
+			llist_add(&message->abandoned, &queue->abandoned);
 			continue;
 		}
 		message->written = min_t(size_t, written, message->response);
 		message->state = PVGPU_COMPLETE;
 		complete_all(&message->done);
 	}
+	if (room)
+		wake_up_all(&queue->room);
+}
+
+/* Frees the messages that were abandoned and have come back; in process context, as memory of vmalloc wants it. */
+static void pvgpu_queue_free_abandoned(struct pvgpu_queue *queue)
+{
+	struct pvgpu_message *message, *next;
+
+	llist_for_each_entry_safe(message, next, llist_del_all(&queue->abandoned), abandoned)
+		pvgpu_message_free(message);
 }
 
 /* The device's interrupt. */
@@ -130,7 +218,7 @@ bool pvgpu_message_complete(struct pvgpu_message *message)
 	return completion_done(&message->done);
 }
 
-int pvgpu_message_wait(struct pvgpu_message *message, bool only_fatal)
+int pvgpu_message_wait(struct pvgpu_message *message, enum pvgpu_patience patience)
 {
 	struct pvgpu_queue *queue = message->queue;
 	unsigned long flags;
@@ -138,15 +226,23 @@ int pvgpu_message_wait(struct pvgpu_message *message, bool only_fatal)
 
 	/* A device that answers while the doorbell rings has done so by now: no interrupt is needed then. */
 	spin_lock_irqsave(&queue->lock, flags);
-	if (!message->device->gone)
+	if (!queue->gone)
 		pvgpu_queue_take(queue);
 	spin_unlock_irqrestore(&queue->lock, flags);
-	if (only_fatal)
-		error = wait_for_completion_killable(&message->done);
-	else
-		error = wait_for_completion_interruptible(&message->done);
-	if (error)
-		return -EINTR;
+	pvgpu_queue_free_abandoned(queue);
+	if (patience == PVGPU_SOON_ONLY) {
+		if (!wait_for_completion_timeout(&message->done, PVGPU_SOON)) {
+			pr_err_ratelimited("pvgpu: the host does not end a request that was cancelled; something of its result may be lost until the device is reset\n");
+			return -EIO;
+		}
+	} else {
+		if (patience == PVGPU_KILLABLE)
+			error = wait_for_completion_killable(&message->done);
+		else
+			error = wait_for_completion_interruptible(&message->done);
+		if (error)
+			return -EINTR;
+	}
 	return message->state == PVGPU_LOST ? -ENODEV : 0;
 }
 
@@ -158,6 +254,7 @@ void pvgpu_message_end(struct pvgpu_message *message)
 	if (message->state != PVGPU_FILLING) {
 		bool in_flight;
 
+		/* The lock is also for who has just completed it and still holds it. */
 		spin_lock_irqsave(&queue->lock, flags);
 		in_flight = message->state == PVGPU_IN_FLIGHT;
 		if (in_flight)
@@ -166,30 +263,31 @@ void pvgpu_message_end(struct pvgpu_message *message)
 		if (in_flight)
 			return;
 	}
-	kfree(message);
+	pvgpu_message_free(message);
 }
 
-void pvgpu_doorbell(struct pvgpu *device)
+struct pvgpu_queue *pvgpu_queue_here(struct pvgpu *device)
 {
-	unsigned int index;
+	return &device->queues[raw_smp_processor_id() % device->queue_count];
+}
 
-	/* Of another queue's submission somebody else rings the doorbell, too: one of both finds it done. */
-	for (index = 0; index < device->queue_count; index++) {
-		struct pvgpu_queue *queue = &device->queues[index];
-		bool notify = false;
-		unsigned long flags;
+void pvgpu_queue_doorbell(struct pvgpu_queue *queue)
+{
+	bool notify = false;
+	unsigned long flags;
 
-		if (!READ_ONCE(queue->submitted))
-			continue;
-		spin_lock_irqsave(&queue->lock, flags);
-		if (queue->submitted && !device->gone) {
-			queue->submitted = false;
-			notify = virtqueue_kick_prepare(queue->ring);
-		}
-		spin_unlock_irqrestore(&queue->lock, flags);
-		if (notify)
-			virtqueue_notify(queue->ring);
+	/* pvgpu_stop() waits for the end of this before it takes the ring away. */
+	rcu_read_lock();
+	spin_lock_irqsave(&queue->lock, flags);
+	/* Somebody else may have rung for this submission, too. */
+	if (queue->submitted && !queue->gone) {
+		queue->submitted = false;
+		notify = virtqueue_kick_prepare(queue->ring);
 	}
+	spin_unlock_irqrestore(&queue->lock, flags);
+	if (notify)
+		virtqueue_notify(queue->ring);
+	rcu_read_unlock();
 }
 
 /* --- other services --- */
@@ -231,8 +329,17 @@ void pvgpu_bug(void)
 
 /* --- the device's life --- */
 
+bool pvgpu_gone(const struct pvgpu *device)
+{
+	return READ_ONCE(device->queues[0].gone);
+}
+
 void pvgpu_free(struct pvgpu *device)
 {
+	unsigned int index;
+
+	for (index = 0; device->queues && index < device->queue_count; index++)
+		pvgpu_queue_free_abandoned(&device->queues[index]);
 	kfree(device->host);
 	kfree(device->queues);
 	kfree(device);
@@ -243,6 +350,11 @@ static int pvgpu_find_queues(struct pvgpu *device)
 	unsigned int count = device->queue_count, index;
 	struct virtqueue **rings = kcalloc(count, sizeof(*rings), GFP_KERNEL);
 	int error;
+
+	for (index = 0; index < count; index++) {
+		spin_lock_init(&device->queues[index].lock);
+		init_waitqueue_head(&device->queues[index].room);
+	}
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
 	struct virtqueue_info *info = kcalloc(count, sizeof(*info), GFP_KERNEL);
 
@@ -265,10 +377,8 @@ static int pvgpu_find_queues(struct pvgpu *device)
 	kfree(names);
 	kfree(callbacks);
 #endif
-	for (index = 0; !error && index < count; index++) {
-		spin_lock_init(&device->queues[index].lock);
+	for (index = 0; !error && index < count; index++)
 		device->queues[index].ring = rings[index];
-	}
 	kfree(rings);
 	return error;
 }
@@ -281,9 +391,10 @@ static void pvgpu_stop(struct pvgpu *device)
 
 	for (index = 0; index < device->queue_count; index++) {
 		spin_lock_irq(&device->queues[index].lock);
-		WRITE_ONCE(device->gone, true);
+		WRITE_ONCE(device->queues[index].gone, true);
 		spin_unlock_irq(&device->queues[index].lock);
 	}
+	synchronize_rcu();
 	virtio_reset_device(device->virtio);
 	for (index = 0; index < device->queue_count; index++) {
 		struct pvgpu_queue *queue = &device->queues[index];
@@ -291,12 +402,13 @@ static void pvgpu_stop(struct pvgpu *device)
 		spin_lock_irq(&queue->lock);
 		while ((message = virtqueue_detach_unused_buf(queue->ring))) {
 			if (message->state == PVGPU_ABANDONED) {
-				kfree(message);
+				llist_add(&message->abandoned, &queue->abandoned);
 				continue;
 			}
 			message->state = PVGPU_LOST;
 			complete_all(&message->done);
 		}
+		wake_up_all(&queue->room);
 		spin_unlock_irq(&queue->lock);
 	}
 	device->virtio->config->del_vqs(device->virtio);
@@ -324,8 +436,7 @@ static int pvgpu_probe(struct virtio_device *virtio)
 	error = device->queues ? pvgpu_find_queues(device) : -ENOMEM;
 	if (error)
 		goto free;
-	if (!virtio_get_shm_region(virtio, &device->aperture, PVGPU_APERTURE_REGION))
-		device->aperture.len = 0;
+	pvgpu_memory_find(device);
 	virtio_device_ready(virtio);
 	device->host = pvgpu_rust_connect(device, &device->identity, &error);
 	if (!device->host) {
@@ -340,6 +451,11 @@ static int pvgpu_probe(struct virtio_device *virtio)
 	return 0;
 stop:
 	pvgpu_stop(device);
+	if (device->node) {
+		/* Whoever was quick enough to open it keeps the device until he closes it. */
+		drm_dev_put(device->node);
+		return error;
+	}
 free:
 	pvgpu_free(device);
 	return error;

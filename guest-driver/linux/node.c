@@ -5,113 +5,17 @@
  */
 #include <linux/anon_inodes.h>
 #include <linux/file.h>
-#include <linux/mm.h>
 #include <linux/module.h>
 #include <linux/platform_device.h>
+#include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/version.h>
 #include <drm/drm_file.h>
 
 #include "pvgpu.h"
 
-/* Flags and protections of the protocol (protocol/src/wire.rs). */
+/* A flag of the protocol (protocol/src/wire.rs). */
 #define PVGPU_OPEN_RDWR 2
-#define PVGPU_PROTECTION_READ 1
-#define PVGPU_PROTECTION_WRITE 2
-
-/* Something with an object of the session behind it: an open of the node, or a file descriptor that an ioctl gave. */
-struct pvgpu_file {
-	struct pvgpu *device;
-	int object;
-};
-
-/* A range of an object in the aperture, as long as there is a VMA of it. */
-struct pvgpu_mapping {
-	struct kref references;
-	struct pvgpu *device;
-	struct drm_device *node;
-	u64 aperture_offset, length;
-};
-
-/* --- memory --- */
-
-static void pvgpu_mapping_release(struct kref *references)
-{
-	struct pvgpu_mapping *mapping = container_of(references, struct pvgpu_mapping, references);
-
-	pvgpu_rust_unmap(mapping->device, mapping->device->host, mapping->aperture_offset, mapping->length);
-	drm_dev_put(mapping->node);
-	kfree(mapping);
-}
-
-static void pvgpu_vma_open(struct vm_area_struct *vma)
-{
-	struct pvgpu_mapping *mapping = vma->vm_private_data;
-
-	kref_get(&mapping->references);
-}
-
-static void pvgpu_vma_close(struct vm_area_struct *vma)
-{
-	struct pvgpu_mapping *mapping = vma->vm_private_data;
-
-	kref_put(&mapping->references, pvgpu_mapping_release);
-}
-
-static const struct vm_operations_struct pvgpu_vma_operations = {
-	.open = pvgpu_vma_open,
-	.close = pvgpu_vma_close,
-};
-
-static int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma)
-{
-	struct pvgpu *device = file->device;
-	u64 length = vma->vm_end - vma->vm_start;
-	struct pvgpu_mapping *mapping;
-	u32 protection = 0;
-	int error;
-
-	if (!(vma->vm_flags & VM_SHARED))
-		return -EINVAL;
-	if (vma->vm_flags & VM_READ)
-		protection |= PVGPU_PROTECTION_READ;
-	if (vma->vm_flags & VM_WRITE)
-		protection |= PVGPU_PROTECTION_WRITE;
-	mapping = kzalloc(sizeof(*mapping), GFP_KERNEL);
-	if (!mapping)
-		return -ENOMEM;
-	error = pvgpu_rust_map(device, device->host, file->object, (u64)vma->vm_pgoff << PAGE_SHIFT, length,
-			       protection, &mapping->aperture_offset);
-	if (error)
-		goto free;
-	mapping->length = length;
-	/* The Rust half has checked against the host's word, this is against the region itself. */
-	error = -EPROTO;
-	if (!PAGE_ALIGNED(mapping->aperture_offset) || mapping->aperture_offset > device->aperture.len ||
-	    length > device->aperture.len - mapping->aperture_offset)
-		goto unmap;
-#if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 3, 0)
-	vm_flags_set(vma, VM_DONTDUMP);
-#else
-	vma->vm_flags |= VM_DONTDUMP;
-#endif
-	error = remap_pfn_range(vma, vma->vm_start, PHYS_PFN(device->aperture.addr + mapping->aperture_offset),
-				length, vma->vm_page_prot);
-	if (error)
-		goto unmap;
-	kref_init(&mapping->references);
-	mapping->device = device;
-	mapping->node = device->node;
-	drm_dev_get(mapping->node);
-	vma->vm_private_data = mapping;
-	vma->vm_ops = &pvgpu_vma_operations;
-	return 0;
-unmap:
-	pvgpu_rust_unmap(device, device->host, mapping->aperture_offset, length);
-free:
-	kfree(mapping);
-	return error;
-}
 
 /* --- files of objects that an ioctl gave --- */
 
@@ -196,8 +100,13 @@ static struct pvgpu_file *pvgpu_file(struct file *filp)
 static long pvgpu_ioctl(struct file *filp, unsigned int command, unsigned long address)
 {
 	struct pvgpu_file *file = pvgpu_file(filp);
+	int result;
 
-	return pvgpu_rust_ioctl(file->device, file->device->host, file->object, command, address);
+	if (pvgpu_gone(file->device))
+		return -ENODEV;
+	result = pvgpu_rust_ioctl(file->device, file->device->host, file->object, command, address);
+	/* As the kernel's own drivers: the process's signal handler decides whether the call is made again (SA_RESTART). */
+	return result == -EINTR && signal_pending(current) ? -ERESTARTSYS : result;
 }
 
 static int pvgpu_mmap(struct file *filp, struct vm_area_struct *vma)
@@ -244,6 +153,7 @@ static void pvgpu_node_release(struct drm_device *node)
 int pvgpu_node_register(struct pvgpu *device)
 {
 	struct drm_driver *driver = &device->driver;
+	struct drm_device *node;
 	int error;
 
 	driver->driver_features = DRIVER_RENDER;
@@ -260,19 +170,17 @@ int pvgpu_node_register(struct pvgpu *device)
 	device->parent = platform_device_register_data(&device->virtio->dev, "pvgpu", PLATFORM_DEVID_AUTO, NULL, 0);
 	if (IS_ERR(device->parent))
 		return PTR_ERR(device->parent);
-	device->node = drm_dev_alloc(driver, &device->parent->dev);
-	if (IS_ERR(device->node)) {
-		error = PTR_ERR(device->node);
+	driver->release = pvgpu_node_release;
+	node = drm_dev_alloc(driver, &device->parent->dev);
+	if (IS_ERR(node)) {
+		error = PTR_ERR(node);
 		goto unregister;
 	}
-	device->node->dev_private = device;
-	error = drm_dev_register(device->node, 0);
-	if (error)
-		goto put;
-	driver->release = pvgpu_node_release;
-	return 0;
-put:
-	drm_dev_put(device->node);
+	node->dev_private = device;
+	device->node = node;
+	error = drm_dev_register(node, 0);
+	if (!error)
+		return 0;
 unregister:
 	platform_device_unregister(device->parent);
 	return error;

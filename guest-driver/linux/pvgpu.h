@@ -1,16 +1,18 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-3-Clause */
 /*
- * What the two halves of the module are to each other. driver.c has the device and its queues, node.c the DRM node; the Rust
- * half (src/) has the protocol, and knows what every operation means. src/kernel.rs and src/entry.rs repeat these declarations.
+ * What the two halves of the module are to each other. driver.c has the device and its queues, node.c the DRM node, memory.c its
+ * mmap; the Rust half (src/) has the protocol, and knows what every operation means. src/kernel.rs and src/entry.rs repeat these declarations.
  */
 #ifndef PVGPU_H
 #define PVGPU_H
 
 #include <linux/completion.h>
 #include <linux/kref.h>
+#include <linux/llist.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
+#include <linux/wait.h>
 #include <drm/drm_drv.h>
 
 struct pvgpu_host;	/* the Rust half's own */
@@ -32,9 +34,26 @@ enum pvgpu_descriptor {
 
 /* One request queue. */
 struct pvgpu_queue {
-	spinlock_t lock;	/* the virtqueue, and the state of the messages in it */
-	struct virtqueue *ring;
+	spinlock_t lock;	/* the virtqueue, all that follows, and the state of the messages in it */
+	struct virtqueue *ring;	/* not to be touched once the device is gone */
+	bool gone;		/* nothing is queued any more */
 	bool submitted;		/* since the last doorbell */
+	unsigned int in_flight;
+	wait_queue_head_t room;	/* who waits for room in the ring */
+	struct llist_head abandoned;	/* messages that came back and that nobody wants; needs no lock */
+};
+
+/* What ends a wait before the device does. */
+enum pvgpu_patience {
+	PVGPU_INTERRUPTIBLE,	/* any signal */
+	PVGPU_KILLABLE,		/* a fatal one */
+	PVGPU_SOON_ONLY,	/* none, but some seconds */
+};
+
+/* Something with an object of the session behind it: an open of the node, or a file descriptor that an ioctl gave. */
+struct pvgpu_file {
+	struct pvgpu *device;
+	int object;
 };
 
 /* One device. Freed when the node's last file is closed, which may be long after the device is gone. */
@@ -47,27 +66,32 @@ struct pvgpu {
 	struct drm_device *node;
 	struct platform_device *parent;
 	atomic64_t last_id;
-	bool gone;		/* under every queue's lock: nothing is queued any more */
 	unsigned int queue_count;
 	struct pvgpu_queue *queues;
 };
 
 /* One request with its response. */
 struct pvgpu_message {
-	struct pvgpu *device;
 	struct pvgpu_queue *queue;
 	enum { PVGPU_FILLING, PVGPU_IN_FLIGHT, PVGPU_ABANDONED, PVGPU_COMPLETE, PVGPU_LOST } state;
 	size_t request, response, written;
 	size_t response_offset;
 	struct completion done;
-	u8 bytes[] __aligned(64);
+	struct llist_node abandoned;
+	u8 *bytes;	/* request and response: inside, or several pages */
+	u8 inside[] __aligned(64);
 };
 
-/* node.c */
+/* node.c; device->node is there after an error, too, if it got so far. */
 int pvgpu_node_register(struct pvgpu *device);
 void pvgpu_node_remove(struct pvgpu *device);
 
-/* driver.c, for node.c */
+/* memory.c */
+void pvgpu_memory_find(struct pvgpu *device);
+int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma);
+
+/* driver.c, for the others */
+bool pvgpu_gone(const struct pvgpu *device);
 void pvgpu_free(struct pvgpu *device);
 
 /* The Rust half: 0 or more, or -errno. Process context only. */
@@ -87,16 +111,18 @@ int pvgpu_copy_from_user(void *target, u64 source, size_t length);
 int pvgpu_copy_to_user(u64 target, const void *source, size_t length);
 int pvgpu_fd_object(struct pvgpu *device, int fd);
 int pvgpu_object_fd(struct pvgpu *device, int object, int descriptor);
-struct pvgpu_message *pvgpu_message_new(struct pvgpu *device, size_t request, size_t response);
+struct pvgpu_message *pvgpu_message_new(size_t request, size_t response);
 void *pvgpu_message_request(struct pvgpu_message *message);
 const void *pvgpu_message_response(const struct pvgpu_message *message);
 size_t pvgpu_message_room(const struct pvgpu_message *message);
 size_t pvgpu_message_written(const struct pvgpu_message *message);
-int pvgpu_message_submit(struct pvgpu_message *message, size_t length);
+int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_queue *queue, size_t length,
+			 enum pvgpu_patience patience);
 bool pvgpu_message_complete(struct pvgpu_message *message);
-int pvgpu_message_wait(struct pvgpu_message *message, bool only_fatal);
+int pvgpu_message_wait(struct pvgpu_message *message, enum pvgpu_patience patience);
 void pvgpu_message_end(struct pvgpu_message *message);
-void pvgpu_doorbell(struct pvgpu *device);
+struct pvgpu_queue *pvgpu_queue_here(struct pvgpu *device);
+void pvgpu_queue_doorbell(struct pvgpu_queue *queue);
 u64 pvgpu_take_ids(struct pvgpu *device, u32 count);
 u64 pvgpu_now_ns(void);
 

@@ -37,11 +37,9 @@ pub trait Channel {
     /// in flight. `ENODEV` when the device is gone.
     fn wait(&mut self, slot: &Slot) -> Result<(), Errno>;
 
-    /// As [`Channel::wait`], for a request that was interrupted and cancelled: it will be complete soon, so what
-    /// interrupted the first wait must not end this one.
-    fn wait_cancelled(&mut self, slot: &Slot) -> Result<(), Errno> {
-        self.wait(slot)
-    }
+    /// What comes now cancels a request whose wait was interrupted, and waits for its end, which will be soon: what
+    /// interrupted that wait must not end these.
+    fn cancelling(&mut self) {}
 
     /// The bytes that the device has written.
     fn response(&self, slot: &Slot) -> &[u8];

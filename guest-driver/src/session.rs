@@ -413,7 +413,8 @@ impl<C: Channel> Session<C> {
         result
     }
 
-    /// Waits until a request is complete. When the wait is interrupted, cancels the request, which then completes soon.
+    /// Waits until a request is complete. When the wait is interrupted, cancels the request, which then completes soon: its
+    /// result is always taken, so what it has made on the host is never left without an owner.
     fn settle(&mut self, pending: &Pending) -> Result<(), Errno> {
         match self.channel.wait(&pending.slot) {
             Err(Errno::EINTR) => self.cancel_and_settle(pending),
@@ -423,14 +424,15 @@ impl<C: Channel> Session<C> {
 
     #[cold]
     fn cancel_and_settle(&mut self, pending: &Pending) -> Result<(), Errno> {
+        self.channel.cancelling();
         let body = CancelRequest {
             id: pending.id.into(),
         };
         let cancel = (Operation::Cancel, 0, self.new_id());
-        // With no slot for it, the request takes its own time.
+        // If it cannot be sent, the request takes its own time.
         let cancel = start(&mut self.channel, cancel, &body, &[], 0);
         self.channel.doorbell();
-        let waited = self.channel.wait_cancelled(&pending.slot);
+        let waited = self.channel.wait(&pending.slot);
         if let Ok(cancel) = cancel {
             self.channel.end(cancel.slot);
         }

@@ -2,29 +2,36 @@
 //! the C half, and a message belongs to the call that made it until the device has it.
 #![allow(unsafe_code)]
 
-use crate::kernel::{self, Device, Message};
+use crate::kernel::{self, Device, Message, Patience, Queue};
 use crate::process::result;
 use core::ptr::{with_exposed_provenance, with_exposed_provenance_mut};
 use pvgpu_guest_driver::channel::{Channel, Slot};
 use pvgpu_protocol::Errno;
 
-/// Most bytes of a request and of a response: what the kernel allocates in one piece (`KMALLOC_MAX_SIZE` of amd64), and what a
-/// host accepts unless it is told otherwise.
+/// Most bytes of a request and of a response: what a host accepts unless it is told otherwise.
 const MESSAGE_MAX: usize = 4 << 20;
 
-/// One call's way to the device. A slot's number is the address of its `struct pvgpu_message`.
+/// One call's way to the device. A slot's number is the address of its `struct pvgpu_message`. All requests of a call go
+/// through one queue, so that a host begins the first before the one that cancels it.
 pub struct Call {
-    device: *mut Device,
+    queue: *mut Queue,
+    patience: Patience,
 }
 
 impl Call {
-    /// A way to that device.
+    /// A way to that device; a call that is interruptible ends with any signal, others only with one that kills.
     ///
     /// # Safety
     ///
     /// Only in process context; the device must outlive it.
-    pub unsafe fn new(device: *mut Device) -> Self {
-        Self { device }
+    pub unsafe fn new(device: *mut Device, interruptible: bool) -> Self {
+        // SAFETY: the device is alive.
+        let queue = unsafe { kernel::pvgpu_queue_here(device) };
+        let patience = match interruptible {
+            true => Patience::Interruptible,
+            false => Patience::Killable,
+        };
+        Self { queue, patience }
     }
 }
 
@@ -47,8 +54,8 @@ impl Channel for Call {
         if request.max(response) > MESSAGE_MAX {
             return Err(Errno::E2BIG);
         }
-        // SAFETY: the device is alive.
-        let message = unsafe { kernel::pvgpu_message_new(self.device, request, response) };
+        // SAFETY: this is process context.
+        let message = unsafe { kernel::pvgpu_message_new(request, response) };
         if message.is_null() {
             return Err(Errno::ENOMEM);
         }
@@ -68,13 +75,16 @@ impl Channel for Call {
     }
 
     fn submit(&mut self, slot: &Slot, length: usize) -> Result<(), Errno> {
-        // SAFETY: the message is alive.
-        result(unsafe { kernel::pvgpu_message_submit(message(slot), length) }).map(drop)
+        // SAFETY: the message and the queue are alive, this is process context.
+        result(unsafe {
+            kernel::pvgpu_message_submit(message(slot), self.queue, length, self.patience)
+        })
+        .map(drop)
     }
 
     fn doorbell(&mut self) {
-        // SAFETY: the device is alive.
-        unsafe { kernel::pvgpu_doorbell(self.device) }
+        // SAFETY: the queue is alive.
+        unsafe { kernel::pvgpu_queue_doorbell(self.queue) }
     }
 
     fn is_complete(&mut self, slot: &Slot) -> bool {
@@ -84,12 +94,11 @@ impl Channel for Call {
 
     fn wait(&mut self, slot: &Slot) -> Result<(), Errno> {
         // SAFETY: the message is alive, this is process context.
-        result(unsafe { kernel::pvgpu_message_wait(message(slot), false) }).map(drop)
+        result(unsafe { kernel::pvgpu_message_wait(message(slot), self.patience) }).map(drop)
     }
 
-    fn wait_cancelled(&mut self, slot: &Slot) -> Result<(), Errno> {
-        // SAFETY: the message is alive, this is process context.
-        result(unsafe { kernel::pvgpu_message_wait(message(slot), true) }).map(drop)
+    fn cancelling(&mut self) {
+        self.patience = Patience::SoonOnly;
     }
 
     fn response(&self, slot: &Slot) -> &[u8] {

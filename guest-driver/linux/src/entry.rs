@@ -16,16 +16,16 @@ fn number(result: Result<c_int, Errno>) -> c_int {
     result.unwrap_or_else(|errno| -errno.number())
 }
 
-/// The session of one call.
+/// The session of one call. As on the kernel's own nodes, no signal but one that kills interrupts other calls than ioctls.
 ///
 /// # Safety
 ///
 /// As for [`Call::new`]; and `host` must be what [`pvgpu_rust_connect`] gave for this device.
-unsafe fn session(device: *mut Device, host: *const Host) -> Session<Call> {
+unsafe fn session(device: *mut Device, host: *const Host, interruptible: bool) -> Session<Call> {
     // SAFETY: the caller's promise.
     unsafe {
         let first = kernel::pvgpu_take_ids(device, IDS);
-        Session::share(Call::new(device), *host, first)
+        Session::share(Call::new(device, interruptible), *host, first)
     }
 }
 
@@ -49,7 +49,7 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
     error: &mut c_int,
 ) -> *mut Host {
     // SAFETY: the caller's promise.
-    let session = match Session::connect(unsafe { Call::new(device) }, "linux") {
+    let session = match Session::connect(unsafe { Call::new(device, false) }, "linux") {
         Ok(session) => session,
         Err(errno) => {
             *error = -errno.number();
@@ -86,7 +86,7 @@ pub unsafe extern "C" fn pvgpu_rust_open(
     flags: u32,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host) };
+    let mut session = unsafe { session(device, host, false) };
     number(session.open(flags).map(|object| object.0))
 }
 
@@ -102,7 +102,7 @@ pub unsafe extern "C" fn pvgpu_rust_close(
     object: c_int,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host) };
+    let mut session = unsafe { session(device, host, false) };
     number(session.close(ObjectId(object)).map(|()| 0))
 }
 
@@ -120,7 +120,8 @@ pub unsafe extern "C" fn pvgpu_rust_ioctl(
     address: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let (mut session, mut process) = unsafe { (session(device, host), Process::current(device)) };
+    let (mut session, mut process) =
+        unsafe { (session(device, host, true), Process::current(device)) };
     number(session.ioctl(ObjectId(object), command, address, &mut process))
 }
 
@@ -140,7 +141,7 @@ pub unsafe extern "C" fn pvgpu_rust_map(
     aperture_offset: &mut u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host) };
+    let mut session = unsafe { session(device, host, false) };
     let mapped = session.map(ObjectId(object), offset, length, protection);
     number(mapped.and_then(|mapping| {
         let end = mapping.aperture_offset.checked_add(length);
@@ -165,7 +166,7 @@ pub unsafe extern "C" fn pvgpu_rust_unmap(
     length: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host) };
+    let mut session = unsafe { session(device, host, false) };
     let mapping = Mapping {
         aperture_offset,
         length,

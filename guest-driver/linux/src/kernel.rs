@@ -11,6 +11,24 @@ pub struct Device {
     _opaque: [u8; 0],
 }
 
+/// `struct pvgpu_queue`: one request queue; it lives as long as its device.
+#[repr(C)]
+pub struct Queue {
+    _opaque: [u8; 0],
+}
+
+/// `enum pvgpu_patience`: what ends a wait before the device does.
+#[repr(C)]
+#[derive(Clone, Copy)]
+pub enum Patience {
+    /// Any signal.
+    Interruptible,
+    /// A fatal signal.
+    Killable,
+    /// No signal, but some seconds: for what the host has promised to end soon.
+    SoonOnly,
+}
+
 /// `struct pvgpu_message`: one request with its response.
 #[repr(C)]
 pub struct Message {
@@ -33,8 +51,12 @@ unsafe extern "C" {
     /// A new file descriptor for an object of that sort (`enum pvgpu_descriptor`), or `-errno`; the object is then closed with the
     /// file, or already.
     pub fn pvgpu_object_fd(device: *mut Device, object: c_int, descriptor: c_int) -> c_int;
+    /// The request queue of this processor.
+    pub fn pvgpu_queue_here(device: *mut Device) -> *mut Queue;
+    /// Rings the queue's doorbell if it has something that the device was not told of.
+    pub fn pvgpu_queue_doorbell(queue: *mut Queue);
     /// A message with room for that many zeroed bytes; null when there is no memory.
-    pub fn pvgpu_message_new(device: *mut Device, request: usize, response: usize) -> *mut Message;
+    pub fn pvgpu_message_new(request: usize, response: usize) -> *mut Message;
     /// Where the request is; its length is what the message was made with.
     pub fn pvgpu_message_request(message: *mut Message) -> *mut u8;
     /// Where the response is.
@@ -43,16 +65,20 @@ unsafe extern "C" {
     pub fn pvgpu_message_room(message: *const Message) -> usize;
     /// Bytes of response that the device has written; 0 until the message is complete.
     pub fn pvgpu_message_written(message: *const Message) -> usize;
-    /// Queues the first `length` bytes of the request, once; 0, `-EAGAIN` when the queue is full, `-ENODEV`.
-    pub fn pvgpu_message_submit(message: *mut Message, length: usize) -> c_int;
+    /// Queues the first `length` bytes of the request, once, and waits for room if there is none: 0, `-EINTR`, `-ENOMEM`,
+    /// `-ENODEV`, or `-EIO` when `SoonOnly` was too short.
+    pub fn pvgpu_message_submit(
+        message: *mut Message,
+        queue: *mut Queue,
+        length: usize,
+        patience: Patience,
+    ) -> c_int;
     /// Whether the response is there.
     pub fn pvgpu_message_complete(message: *mut Message) -> bool;
-    /// Sleeps until it is: 0, `-EINTR` (by a fatal signal alone if `only_fatal`), or `-ENODEV`.
-    pub fn pvgpu_message_wait(message: *mut Message, only_fatal: bool) -> c_int;
+    /// Sleeps until it is: 0, `-EINTR`, `-ENODEV`, or `-EIO` when `SoonOnly` was too short.
+    pub fn pvgpu_message_wait(message: *mut Message, patience: Patience) -> c_int;
     /// Gives the message back; it is freed when the device has returned it.
     pub fn pvgpu_message_end(message: *mut Message);
-    /// Rings the doorbell of the queues if they have something that the device was not told of.
-    pub fn pvgpu_doorbell(device: *mut Device);
     /// `count` ids that no other call has; gives the one before the first.
     pub fn pvgpu_take_ids(device: *mut Device, count: u32) -> u64;
     /// `CLOCK_MONOTONIC` in nanoseconds.
