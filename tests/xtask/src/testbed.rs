@@ -1,7 +1,7 @@
 //! `cargo xtask testbed`: boots a virtual machine (L1) that has real GPU drivers and nested KVM, and runs
 //! the end-to-end tests of `tests/e2e` in it. `docs/testbed.md` explains it to people.
 //!
-//! One file per step: [`crate::packages`] -> [`kernel`] -> [`crate::programs`] -> [`initramfs`] -> [`machine`]. This
+//! One file per step: [`crate::packages`] -> [`kernel`] -> [`crate::programs`] -> [`boot`] -> [`initramfs`] -> [`machine`]. This
 //! file holds the arguments and the order of the steps.
 
 use std::fs::{self, File};
@@ -19,6 +19,8 @@ use crate::say::say;
 pub use machine::{Ended, Machine};
 use report::Report;
 
+mod boot;
+mod cpio;
 mod initramfs;
 mod kernel;
 mod machine;
@@ -56,7 +58,7 @@ pub struct Arguments {
     json: bool,
 
     /// Debian's package of L1's kernel, such as linux-image-6.12-amd64
-    #[arg(long, value_name = "PACKAGE", default_value = KERNEL, value_parser = package)]
+    #[arg(long, value_name = "PACKAGE", default_value = kernel::L1, value_parser = package)]
     kernel: String,
 
     /// End the machine after this many seconds, counted from its start
@@ -208,16 +210,13 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     )
 }
 
-/// Debian's package of the kernel that L1 runs unless told otherwise.
-const KERNEL: &str = "linux-image-amd64";
-
 /// Everything up to a machine that can be started, with the programs as they are now.
 pub fn prepare() -> Result<Machine, Error> {
-    prepare_with(KERNEL)
+    prepare_with(kernel::L1)
 }
 
 /// As [`prepare`], with the kernel of another package.
-fn prepare_with(kernel: &str) -> Result<Machine, Error> {
+fn prepare_with(l1: &str) -> Result<Machine, Error> {
     let cache = programs::target_directory()?.join("testbed");
     fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
     // Two runs at once share the cache: one prepares it at a time.
@@ -226,15 +225,28 @@ fn prepare_with(kernel: &str) -> Result<Machine, Error> {
     lock.lock().map_err(file_error("lock", &lock_path))?;
 
     packages::install_missing(packages::TESTBED)?;
-    let kernel = kernel::fetch(&cache, kernel)?;
-    progress(format_args!("building the programs for L1"));
-    let programs = programs::build(initramfs::PROGRAMS)?;
+    let kernel = kernel::fetch(&cache, l1)?;
+    let guests = kernel::GUESTS
+        .iter()
+        .map(|(name, package)| Ok((*name, kernel::fetch(&cache, package)?)))
+        .collect::<Result<Vec<_>, Error>>()?;
+    progress(format_args!("building the programs for L1 and L2"));
+    let mut programs = initramfs::PROGRAMS.to_vec();
+    let others = boot::PROGRAMS.iter();
+    programs.extend(others.filter(|program| !initramfs::PROGRAMS.contains(program)));
+    let programs = programs::build(&programs)?;
+    let folder = |name: &str| {
+        let folder = cache.join(name);
+        fs::create_dir_all(&folder).map_err(file_error("create", &folder))?;
+        Ok::<_, Error>(folder)
+    };
+    let (shared, boot) = (folder("shared")?, folder("boot")?);
+    boot::write(&boot, &guests, &programs, &cache)?;
     let initramfs = cache.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &programs)?;
-    let shared = cache.join("shared");
-    fs::create_dir_all(&shared).map_err(file_error("create", &shared))?;
     Ok(Machine {
         shared,
+        boot,
         version: kernel.version,
         kernel: kernel.elf,
         initramfs,

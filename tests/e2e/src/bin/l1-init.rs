@@ -59,13 +59,15 @@ fn start() -> Result<u8, String> {
     }
     code_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
     modules::load_all()?;
-    syscall::mount(
-        c"9p",
-        c"/shared",
-        c"shared",
-        c"trans=virtio,version=9p2000.L,msize=131072",
-    )
-    .map_err(because("mount /shared"))?;
+    for (tag, target) in [(c"shared", c"/shared"), (c"boot", c"/boot")] {
+        syscall::mount(
+            c"9p",
+            target,
+            tag,
+            c"trans=virtio,version=9p2000.L,msize=131072",
+        )
+        .map_err(because(&format!("mount {}", target.to_string_lossy())))?;
+    }
     let _keeper = keep_a_vm()?;
     let mut arguments = std::env::args().skip(1);
     match (arguments.next().as_deref(), arguments.next()) {

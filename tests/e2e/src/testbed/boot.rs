@@ -9,19 +9,19 @@ use crate::ensure;
 pub const TESTS: &[Test] = &[
     Test {
         name: "mini_vmm_boots_a_linux_elf_to_user_space",
-        run: || boot("/boot/vmlinux", 1, 256),
+        run: || boot("6.1", "vmlinux", 1, 256),
     },
     Test {
         name: "mini_vmm_boots_a_linux_bzimage_to_user_space",
-        run: || boot("/boot/bzImage", 1, 256),
+        run: || boot("6.1", "bzImage", 1, 256),
     },
     Test {
         name: "mini_vmm_boots_linux_with_two_processors",
-        run: || boot("/boot/vmlinux", 2, 256),
+        run: || boot("6.1", "vmlinux", 2, 256),
     },
     Test {
         name: "mini_vmm_boots_linux_with_ram_on_both_sides_of_its_devices",
-        run: || boot("/boot/vmlinux", 1, 3584),
+        run: || boot("6.1", "vmlinux", 1, 3584),
     },
 ];
 
@@ -35,13 +35,13 @@ pub const EXIT_CODE: i32 = 37;
 /// A guest that boots at all does so in seconds; a bzImage also unpacks itself, emulated twice.
 const LIMIT: Duration = Duration::from_secs(90);
 
-/// RAM ends at 3 GiB and goes on at 4 GiB when there is more than 3 GiB of it.
-fn boot(kernel: &str, processors: u32, mebibytes: u32) -> Result<(), Failure> {
+/// Boots that kernel's file `vmlinux` or `bzImage`. RAM ends at 3 GiB and goes on at 4 GiB when there is more than 3 GiB of it.
+fn boot(version: &str, image: &str, processors: u32, mebibytes: u32) -> Result<(), Failure> {
     let ended = start(&[
         "--kernel",
-        kernel,
+        &format!("/boot/{version}/{image}"),
         "--initrd",
-        "/boot/l2.cpio",
+        &format!("/boot/{version}/l2.cpio"),
         "--memory",
         &format!("{mebibytes}M"),
         "--cpus",

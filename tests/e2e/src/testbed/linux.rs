@@ -1,4 +1,4 @@
-//! A Debian kernel in L2 with the guest driver as a module: an unmodified program draws on its node what it draws
+//! Debian's kernels in L2 with the guest driver as a module: an unmodified program draws on its node what it draws
 //! natively. The guest's first process is `l2-init`, the program is `native`.
 
 use std::time::Duration;
@@ -11,33 +11,49 @@ use crate::ensure;
 
 pub const TESTS: &[Test] = &[
     Test {
-        name: "a_linux_guest_draws_on_vgem_what_a_native_program_draws",
-        run: || draws(&VGEM, "inline"),
+        name: "a_linux_6_1_guest_draws_on_vgem_what_a_native_program_draws",
+        run: || draws("6.1", &VGEM, "inline"),
     },
     Test {
-        name: "a_linux_guest_draws_on_virtio_gpu_what_a_native_program_draws",
-        run: || draws(&VIRTIO_GPU, "inline"),
+        name: "a_linux_6_1_guest_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draws("6.1", &VIRTIO_GPU, "inline"),
     },
     Test {
-        name: "a_linux_guest_draws_on_virtio_gpu_with_a_worker_thread",
-        run: || draws(&VIRTIO_GPU, "worker"),
+        name: "a_linux_6_1_guest_draws_on_virtio_gpu_with_a_worker_thread",
+        run: || draws("6.1", &VIRTIO_GPU, "worker"),
     },
     Test {
-        name: "a_linux_guest_draws_on_the_embedded_gpu_what_is_drawn_without_a_vm",
-        run: || draws(&SOFT, "inline"),
+        name: "a_linux_6_1_guest_draws_on_the_embedded_gpu_what_is_drawn_without_a_vm",
+        run: || draws("6.1", &SOFT, "inline"),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_vgem_what_a_native_program_draws",
+        run: || draws("6.12", &VGEM, "inline"),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draws("6.12", &VIRTIO_GPU, "inline"),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_virtio_gpu_with_a_worker_thread",
+        run: || draws("6.12", &VIRTIO_GPU, "worker"),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_the_embedded_gpu_what_is_drawn_without_a_vm",
+        run: || draws("6.12", &SOFT, "inline"),
     },
 ];
 
 /// Booting takes seconds, and the embedded GPU draws twice, emulated.
 const LIMIT: Duration = Duration::from_secs(120);
 
-fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+fn draws(version: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
     let picture = expected(gpu)?;
     let ended = start(&[
         "--kernel",
-        "/boot/vmlinux",
+        &format!("/boot/{version}/vmlinux"),
         "--initrd",
-        "/boot/l2.cpio",
+        &format!("/boot/{version}/l2.cpio"),
         "--memory",
         "256M",
         "--cpus",

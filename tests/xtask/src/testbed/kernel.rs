@@ -1,5 +1,5 @@
-//! Debian's kernel for L1 and L2, taken out of its package: the bzImage, the ELF file inside it, and the
-//! modules of [`MODULES`]. Cached by the package's version. It is never installed on this machine.
+//! Debian's kernels for L1 and L2, taken out of their packages: the bzImage, the ELF file inside it, and the
+//! modules of [`MODULES`]. Cached by the package's version. None is ever installed on this machine.
 
 use std::collections::{HashMap, HashSet};
 use std::fs;
@@ -9,6 +9,15 @@ use std::process::Command;
 use super::{Error, file_error, progress};
 use crate::command;
 use crate::packages;
+
+/// Debian's package of the kernel that L1 runs unless told otherwise.
+pub const L1: &str = "linux-image-amd64";
+
+/// The kernels that guests in L2 boot: a name that tests use, and Debian's package.
+pub const GUESTS: &[(&str, &str)] = &[
+    ("6.1", "linux-image-amd64"),
+    ("6.12", "linux-image-6.12-amd64"),
+];
 
 /// The modules that L1 loads, with their parameters; what they depend on is found and loaded before them.
 pub const MODULES: &[(&str, &str)] = &[
@@ -39,6 +48,27 @@ impl Kernel {
         let package = self.version.split(' ').next().unwrap_or_default();
         package.replacen("linux-image-", "linux-headers-", 1)
     }
+
+    /// Those of [`Self::modules`] that are in `wanted`, and those they depend on, in loading order. A name that is not there
+    /// is taken for part of the kernel itself.
+    pub fn modules_for(&self, wanted: &[String]) -> Result<Vec<(PathBuf, String)>, Error> {
+        let mut wanted = wanted.to_vec();
+        let mut found = Vec::new();
+        // Whatever a module depends on comes before it.
+        for (file, parameters) in self.modules.iter().rev() {
+            if module_name(file).is_some_and(|name| wanted.contains(&name)) {
+                wanted.extend(dependencies(file)?);
+                found.insert(0, (file.clone(), parameters.clone()));
+            }
+        }
+        Ok(found)
+    }
+}
+
+/// The modules that the module in `file` depends on.
+pub fn dependencies(file: &Path) -> Result<Vec<String>, Error> {
+    let module = fs::read(file).map_err(file_error("read", file))?;
+    Ok(module_dependencies(&module))
 }
 
 /// Gives the kernel behind the package `meta` of those that apt has to offer, from the cache where it is already there.
@@ -139,7 +169,7 @@ fn extract(package: &str, version: &str, folder: &Path) -> Result<(), Error> {
         packages::update_lists()?;
         command::capture(&mut download())?;
     }
-    progress(format_args!("extracting the kernel and its modules (once)"));
+    progress(format_args!("extracting {package} (once)"));
     let archive = files_below(folder)?
         .into_iter()
         .find(|path| path.extension().is_some_and(|extension| extension == "deb"))

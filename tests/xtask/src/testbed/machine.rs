@@ -12,9 +12,10 @@ use std::time::{Duration, Instant};
 use super::{Error, file_error};
 use crate::command;
 
-/// Linux parameters of L1: nothing slow that tests do not need; a panic ends the machine at once.
-const KERNEL_PARAMETERS: &str =
-    "console=ttyS0 quiet panic=-1 mitigations=off init_on_alloc=0 cryptomgr.notests";
+/// Linux parameters of L1: nothing slow that tests do not need; a panic ends the machine at once, and a processor that
+/// does not schedule for 40 s (twice the threshold) is one, so that the console has its stack.
+const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet panic=-1 softlockup_panic=1 watchdog_thresh=20 mitigations=off \
+     init_on_alloc=0 cryptomgr.notests";
 
 /// Where `isa-debug-exit` listens, and what L1 adds to its exit code: QEMU makes `2 * value + 1` of the value
 /// written, and 1 is also its own failure. `tests/e2e/src/bin/l1-init.rs` has the same numbers.
@@ -34,6 +35,8 @@ pub struct Machine {
     pub qemu_log: PathBuf,
     /// A folder of L0 that is `/shared` in L1.
     pub shared: PathBuf,
+    /// A folder of L0 that is `/boot` in L1, where nothing can be written to it.
+    pub boot: PathBuf,
 }
 
 /// How a machine ended.
@@ -132,15 +135,6 @@ impl Machine {
         .args(["-accel", "tcg", "-cpu", "max,+svm,-erms,-fsrm"])
         .args(["-device", "virtio-gpu-gl-pci", "-display", "sdl,gl=on"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
-        .args([
-            "-device",
-            "virtio-9p-pci,fsdev=shared,mount_tag=shared",
-            "-fsdev",
-        ])
-        .arg(format!(
-            "local,id=shared,security_model=none,path={}",
-            option(&self.shared)
-        ))
         .arg("-kernel")
         .arg(&self.kernel)
         .arg("-initrd")
@@ -150,6 +144,18 @@ impl Machine {
         .env("SDL_VIDEODRIVER", "x11")
         .env("SDL_AUDIODRIVER", "dummy")
         .env("LIBGL_ALWAYS_SOFTWARE", "1");
+        for (tag, folder, access) in [
+            ("shared", &self.shared, ""),
+            ("boot", &self.boot, ",readonly=on"),
+        ] {
+            qemu.arg("-device")
+                .arg(format!("virtio-9p-pci,fsdev={tag},mount_tag={tag}"))
+                .arg("-fsdev")
+                .arg(format!(
+                    "local,id={tag},security_model=none,path={}{access}",
+                    option(folder)
+                ));
+        }
         qemu
     }
 
