@@ -21,6 +21,9 @@ pub const TESTBED: &[&str] = &[
     "zstd",            // ... and of later ones
 ];
 
+/// A Mesa to draw with, by EGL and GBM: what `tests/gles` loads.
+pub const MESA: &[&str] = &["libegl1", "libegl-mesa0", "libgbm1", "libgl1-mesa-dri"];
+
 /// What building the Linux module needs beside a kernel's headers.
 pub const LINUX_MODULE: &[&str] = &["gcc", "make", "rustc-web", "rust-web-src"];
 

@@ -55,6 +55,12 @@ pub const NATIVE: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Draws OpenGL ES scenes on a DRM node by the system's Mesa.
+pub const GLES: Program = Program {
+    name: "gles",
+    package: "pvgpu-gles",
+    how: RELEASE,
+};
 /// Measures in a guest.
 pub const BENCH: Program = Program {
     name: "bench",

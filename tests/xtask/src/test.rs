@@ -68,6 +68,11 @@ const STEPS: &[Step] = &[
         run: |_| packages::install_headers().map_err(|error| error.to_string()),
     },
     Step {
+        name: "mesa",
+        what: "the Mesa that tests draw with is there",
+        run: |_| packages::install_missing(packages::MESA).map_err(|error| error.to_string()),
+    },
+    Step {
         name: "unit",
         what: "unit, doc and end-to-end tests on this machine",
         run: |_| cargo(&["test", "--quiet", "--workspace"]),
