@@ -534,4 +534,7 @@ module_init(pvgpu_init);
 module_exit(pvgpu_exit);
 
 MODULE_LICENSE("Dual BSD/GPL");
+MODULE_AUTHOR("The pvgpu developers");
 MODULE_DESCRIPTION("Guest driver of pvgpu, a paravirtual GPU");
+MODULE_VERSION(PVGPU_VERSION);
+MODULE_SOFTDEP("pre: virtio_mmio");	/* for mmio= */

@@ -106,6 +106,7 @@ fn linux_module(kernel: &Kernel) -> Result<PathBuf, Error> {
             .args(["--silent", "-C"])
             .arg(&folder)
             .arg(format!("KDIR=/usr/src/{headers}"))
+            .arg("W=1e") // no warning may be left
             // This task's own cargo has set variables that are not meant for another compiler.
             .env_remove("RUSTC")
             .env_remove("RUSTUP_TOOLCHAIN"),
