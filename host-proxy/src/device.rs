@@ -12,7 +12,7 @@
 //! use pvgpu_host_proxy::drm::DrmDriver;
 //! use std::sync::Arc;
 //! use virtio_queue::Queue;
-//! use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+//! use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 //! use vmm_sys_util::eventfd::EventFd;
 //!
 //! /// The device's interrupt line: here an eventfd that is an irqfd of the VM.
@@ -65,15 +65,17 @@
 use crate::aperture::Aperture;
 use crate::descriptor::{Writable, copy_in};
 use crate::driver::HostDriver;
-use crate::session::{RESPONSE_HEADER, Response, Session};
+use crate::event::EventQueue;
+use crate::session::{RESPONSE_HEADER, Report, Response, Session};
 use crate::statistics::{Counters, Statistics};
 use crate::trace::Trace;
+use crate::virtqueue::{Shared, Virtqueue};
 use pvgpu_protocol::control::Limits;
 use pvgpu_protocol::wire::{CONFIG_MAGIC, ConfigSpace, VERSION};
 use std::fs::File;
 use std::io;
-use std::sync::atomic::{AtomicBool, Ordering, fence};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
@@ -83,6 +85,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 use zerocopy::IntoBytes;
 
+pub use crate::virtqueue::Interrupt;
 pub use pvgpu_protocol::wire::DEVICE_ID;
 
 /// How many times a queue's thread polls before it looks at the clock.
@@ -127,14 +130,6 @@ impl Default for DeviceConfig {
     }
 }
 
-/// How the device interrupts its guest.
-pub trait Interrupt: Send + Sync {
-    /// Responses are in the used ring of that queue.
-    fn signal_queue(&self, queue: u16);
-    /// The device's configuration or status has changed.
-    fn signal_config(&self);
-}
-
 /// Why a device could not be activated.
 #[derive(Debug, thiserror::Error)]
 pub enum ActivateError {
@@ -173,26 +168,18 @@ pub struct Device {
 struct Active {
     session: Arc<Session>,
     queues: Vec<Arc<RequestQueue>>,
+    /// `None` when the guest has not set it up.
+    events: Option<Arc<EventQueue>>,
     threads: Vec<JoinHandle<()>>,
     closing: Arc<AtomicBool>,
 }
 
 /// A request queue and where its responses go.
 struct RequestQueue {
-    index: u16,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
-    queue: Mutex<Queue>,
+    ring: Virtqueue,
     /// Where requests are copied to, while no thread is at it.
     buffer: Mutex<Vec<u8>>,
-    interrupt: Arc<dyn Interrupt>,
-    counters: Arc<Counters>,
     trace: Option<Arc<Trace>>,
-    /// Set at reset: guest memory is no longer the device's.
-    closing: Arc<AtomicBool>,
-    /// Set by the VMM that wants its threads back ([`Device::off_switch`]).
-    off: Arc<AtomicBool>,
-    /// The guest has not set the queue up, or has broken its ring: left alone until the next activation.
-    ignored: AtomicBool,
 }
 
 impl Device {
@@ -275,37 +262,47 @@ impl Device {
             return Err(ActivateError::Memory(index));
         }
         let closing = Arc::new(AtomicBool::new(false));
-        let requests = usize::from(self.config.request_queues.get());
-        let queues = (0..)
-            .zip(queues)
-            .take(requests)
-            .map(|(index, mut queue)| {
-                queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
-                let ignored = AtomicBool::new(!queue.ready());
+        let shared = Shared {
+            memory,
+            interrupt,
+            counters: Arc::clone(&self.counters),
+            closing: Arc::clone(&closing),
+            off: Arc::clone(&self.off),
+        };
+        let mut rings = (0..).zip(queues).map(|(index, mut queue)| {
+            queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+            Virtqueue::new(index, queue, shared.clone())
+        });
+        let queues = rings
+            .by_ref()
+            .take(self.config.request_queues.get().into())
+            .map(|ring| {
                 Arc::new(RequestQueue {
-                    index,
-                    memory: memory.clone(),
-                    queue: Mutex::new(queue),
+                    ring,
                     buffer: Mutex::default(),
-                    interrupt: Arc::clone(&interrupt),
-                    counters: Arc::clone(&self.counters),
                     trace: self.trace.clone(),
-                    closing: Arc::clone(&closing),
-                    off: Arc::clone(&self.off),
-                    ignored,
                 })
             })
             .collect();
+        let events = rings
+            .find(Virtqueue::ready)
+            .map(EventQueue::new)
+            .map(Arc::new);
+        let report = events
+            .clone()
+            .map(|events| -> Report { Arc::new(move |event| events.report(event)) });
         let session = Session::with_counters(
             Arc::clone(&self.driver),
             self.aperture.clone(),
             self.limits,
+            report,
             Arc::clone(&self.counters),
         );
         // From here on, a reset undoes everything.
         self.active = Some(Active {
             session: Arc::new(session),
             queues,
+            events,
             threads: Vec::new(),
             closing,
         });
@@ -321,12 +318,12 @@ impl Device {
             return Ok(());
         };
         for (queue, eventfd) in active.queues.iter().zip(&self.eventfds) {
-            if !queue.lock().ready() {
+            if !queue.ring.ready() {
                 continue;
             }
             let (queue, session) = (Arc::clone(queue), Arc::clone(&active.session));
             let (eventfd, poll) = (eventfd.try_clone()?, self.poll);
-            let thread = thread::Builder::new().name(format!("pvgpu-queue{}", queue.index));
+            let thread = thread::Builder::new().name(format!("pvgpu-queue{}", queue.ring.index));
             active
                 .threads
                 .push(thread.spawn(move || queue.serve(&session, &eventfd, poll))?);
@@ -334,7 +331,8 @@ impl Device {
         Ok(())
     }
 
-    /// What an ioeventfd signals for that queue; `None` when [`Device::notify`] handles requests itself.
+    /// What an ioeventfd signals for that queue; `None` when [`Device::notify`] handles its doorbell itself: always for the
+    /// event queue, since a guest is asked to ring there only when the device needs a buffer.
     pub fn doorbell(&self, queue: u16) -> Option<&EventFd> {
         self.eventfds.get(usize::from(queue))
     }
@@ -348,8 +346,12 @@ impl Device {
         }
         self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
         let Some(active) = &self.active else { return };
-        if let Some(queue) = active.queues.get(usize::from(queue)) {
-            queue.drain(&active.session);
+        match active.queues.get(usize::from(queue)) {
+            Some(queue) => queue.drain(&active.session),
+            None if queue == self.config.request_queues.get() => {
+                active.events.iter().for_each(|events| events.notified());
+            }
+            None => {}
         }
     }
 
@@ -393,24 +395,20 @@ impl Drop for Device {
 }
 
 impl RequestQueue {
-    fn lock(&self) -> MutexGuard<'_, Queue> {
-        self.queue.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
     /// The queue's thread: handles requests, polls for more, then sleeps until the doorbell rings.
     fn serve(self: &Arc<Self>, session: &Session, eventfd: &EventFd, longest: Duration) {
         let mut buffer = Vec::new();
         // Polling adapts: as long as requests come while it polls, it goes on; otherwise it polls less.
         let mut poll = longest;
-        while !self.closing.load(Ordering::Acquire) {
-            self.set_notification(false);
+        while !self.ring.closing() {
+            self.ring.set_notification(false);
             let deadline = Instant::now() + poll;
             let found = loop {
                 // The clock may cost a system call: it is read once in a while.
                 if (0..CLOCK_PERIOD).any(|_| self.handle_available(session, &mut buffer)) {
                     break true;
                 }
-                if self.closing.load(Ordering::Acquire) {
+                if self.ring.closing() {
                     return;
                 }
                 if Instant::now() >= deadline {
@@ -422,10 +420,13 @@ impl RequestQueue {
                 continue;
             }
             poll = (poll / 2).max(longest / 16);
-            if !self.set_notification(true) {
+            if !self.ring.set_notification(true) {
                 // Fails only for a closed descriptor, which this one is not.
                 let _ = eventfd.read();
-                self.counters.doorbells.fetch_add(1, Ordering::Relaxed);
+                self.ring
+                    .counters()
+                    .doorbells
+                    .fetch_add(1, Ordering::Relaxed);
             }
         }
     }
@@ -435,80 +436,40 @@ impl RequestQueue {
         let spare = || self.buffer.lock().unwrap_or_else(PoisonError::into_inner);
         let mut buffer = std::mem::take(&mut *spare());
         loop {
-            self.set_notification(false);
+            self.ring.set_notification(false);
             self.handle_available(session, &mut buffer);
             // Asking for doorbells tells whether there are more.
-            let ends = self.closing.load(Ordering::Acquire) || self.off.load(Ordering::Relaxed);
-            if ends || !self.set_notification(true) {
+            if self.ring.ends() || !self.ring.set_notification(true) {
                 break;
             }
         }
         *spare() = buffer;
     }
 
-    /// Asks the guest for doorbells, or not to ring any. Returns whether requests are there already.
-    fn set_notification(&self, enable: bool) -> bool {
-        if self.ignored.load(Ordering::Relaxed) {
-            return false;
-        }
-        let memory = self.memory.memory();
-        let mut queue = self.lock();
-        match enable {
-            true => queue.enable_notification(&*memory).unwrap_or(false),
-            false => queue.disable_notification(&*memory).is_err(),
-        }
-    }
-
-    /// How many requests are there now; `None` when the guest says that there are more than its ring can hold.
-    fn available(&self, memory: &GuestMemoryMmap) -> Option<u16> {
-        let queue = self.lock();
-        let end = queue.avail_idx(memory, Ordering::Acquire).ok()?;
-        let available = end.0.wrapping_sub(queue.next_avail());
-        (available <= queue.size()).then_some(available)
-    }
-
-    /// Leaves a queue alone whose ring makes no sense: its requests could never be told apart again.
-    fn ignore(&self) {
-        if !self.ignored.swap(true, Ordering::Relaxed) {
-            self.counters.malformed.fetch_add(1, Ordering::Relaxed);
-            log::warn!(
-                "queue {}: the guest has broken its ring, so it is ignored until the guest resets the device",
-                self.index
-            );
-        }
-    }
-
     /// Handles the requests that are there now, at most a queue full of them, then interrupts the guest once if it
     /// wants that. Returns whether there was any.
     fn handle_available(self: &Arc<Self>, session: &Session, buffer: &mut Vec<u8>) -> bool {
-        let memory = self.memory.memory();
+        let memory = self.ring.memory();
         let limit = usize::try_from(session.limits().message).unwrap_or(usize::MAX);
         let mut used = false;
         let mut found = false;
-        if self.ignored.load(Ordering::Relaxed) {
-            return false;
-        }
-        let Some(available) = self.available(&memory) else {
-            self.ignore();
-            return false;
-        };
-        for _ in 0..available {
-            if self.closing.load(Ordering::Acquire) {
+        for _ in 0..self.ring.available(&memory) {
+            if self.ring.closing() {
                 return false;
             }
             // Another vCPU may have taken the last ones meanwhile.
-            let Some(chain) = self.lock().pop_descriptor_chain(&*memory) else {
+            let Some(chain) = self.ring.pop(&memory) else {
                 break;
             };
             found = true;
             let (writable, length) = match copy_in(chain, buffer, limit) {
                 Ok(copied) if copied.0.length() >= RESPONSE_HEADER => copied,
                 Ok((writable, _)) => {
-                    self.discard(&memory, writable.head());
+                    self.ring.discard(&memory, writable.head());
                     continue;
                 }
                 Err((head, _)) => {
-                    self.discard(&memory, head);
+                    self.ring.discard(&memory, head);
                     continue;
                 }
             };
@@ -521,10 +482,10 @@ impl RequestQueue {
                 let traced = self.trace.is_some().then(|| request.to_vec());
                 Box::new(move |response| {
                     let Some(writable) = writable else { return };
-                    let memory = queue.memory.memory();
+                    let memory = queue.ring.memory();
                     queue.complete(&memory, &writable, &response);
                     queue.record(arrival, traced.as_deref(), &response);
-                    queue.interrupt(&memory);
+                    queue.ring.interrupt(&memory);
                 })
             });
             if let (Some(response), Some(writable)) = (response, later) {
@@ -534,7 +495,7 @@ impl RequestQueue {
             }
         }
         if used {
-            self.interrupt(&memory);
+            self.ring.interrupt(&memory);
         }
         found
     }
@@ -546,41 +507,16 @@ impl RequestQueue {
             Ok(()) => u32::try_from(response.length()).unwrap_or(0),
             Err(_) => 0,
         };
-        self.counters.completed.fetch_add(1, Ordering::Relaxed);
-        self.add_used(memory, writable.head(), length);
-    }
-
-    /// Returns a chain that is no request.
-    fn discard(&self, memory: &GuestMemoryMmap, head: u16) {
-        self.counters.malformed.fetch_add(1, Ordering::Relaxed);
-        self.add_used(memory, head, 0);
-        self.interrupt(memory);
-    }
-
-    fn add_used(&self, memory: &GuestMemoryMmap, head: u16, length: u32) {
-        let mut queue = self.lock();
-        if self.closing.load(Ordering::Acquire) {
-            return;
-        }
-        // The guest may name a head that is no descriptor; the queue would log each of them.
-        if head >= queue.size() || queue.add_used(memory, head, length).is_err() {
-            self.counters.malformed.fetch_add(1, Ordering::Relaxed);
-        }
-    }
-
-    /// Interrupts the guest if it has asked for that.
-    fn interrupt(&self, memory: &GuestMemoryMmap) {
-        fence(Ordering::SeqCst);
-        let wanted = self.lock().needs_notification(memory).unwrap_or(true);
-        if wanted && !self.closing.load(Ordering::Acquire) {
-            self.counters.interrupts.fetch_add(1, Ordering::Relaxed);
-            self.interrupt.signal_queue(self.index);
-        }
+        self.ring
+            .counters()
+            .completed
+            .fetch_add(1, Ordering::Relaxed);
+        self.ring.add_used(memory, writable.head(), length);
     }
 
     fn record(&self, arrival: Option<Instant>, request: Option<&[u8]>, response: &Response) {
         if let (Some(trace), Some(arrival), Some(request)) = (&self.trace, arrival, request) {
-            trace.record(self.index, arrival, request, response.result());
+            trace.record(self.ring.index, arrival, request, response.result());
         }
     }
 }

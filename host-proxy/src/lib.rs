@@ -29,10 +29,12 @@ mod descriptor;
 pub mod device;
 pub mod driver;
 pub mod drm;
+mod event;
 pub mod session;
 pub mod soft;
 pub mod statistics;
 mod trace;
+mod virtqueue;
 mod worker;
 
 pub use pvgpu_protocol::{Errno, control::Limits};

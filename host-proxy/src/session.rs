@@ -15,12 +15,13 @@ use pvgpu_protocol::schema::Space;
 use pvgpu_protocol::wire::{
     self, CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PAGE_SIZE,
     PollRequest, ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest,
+    WatchRequest,
 };
 use pvgpu_protocol::{Errno, family};
 use std::collections::HashMap;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -37,6 +38,8 @@ struct Shared {
     limits: Limits,
     state: Mutex<State>,
     workers: Workers,
+    /// Where the events of watches go.
+    report: Option<Report>,
     counters: Arc<Counters>,
     /// Bytes of GPU memory, the sum of its [`Charge`]s.
     memory: Arc<AtomicU64>,
@@ -56,8 +59,8 @@ struct State {
     mappings: HashMap<u64, u64>,
     /// Bytes in `mappings`.
     mapped: u64,
-    /// Requests that may wait, by their ids.
-    in_flight: HashMap<u64, Arc<Cancel>>,
+    /// Requests that may wait, by their ids. `None` for a watch that is over but for its event.
+    in_flight: HashMap<u64, Option<Arc<Cancel>>>,
 }
 
 /// What an object id names.
@@ -155,6 +158,51 @@ enum Payload {
 /// Completes a request that did not complete at once.
 pub type Complete = Box<dyn FnOnce(Response) + Send>;
 
+/// Takes the events of watches, from any thread. It must not wait for the guest.
+pub type Report = Arc<dyn Fn(Pending) + Send + Sync>;
+
+/// The event that ends a watch, before the guest has it. Until this is dropped, the watch's id counts as in use.
+pub struct Pending {
+    event: wire::Event,
+    _id: Booked,
+}
+
+impl Pending {
+    /// What the guest is to get.
+    pub fn event(&self) -> wire::Event {
+        self.event
+    }
+}
+
+/// A place among the requests in flight, given back when dropped.
+struct Booked {
+    /// Not an owner: events are kept by what the session itself reports to.
+    session: Weak<Shared>,
+    id: u64,
+}
+
+impl Booked {
+    /// There is nothing to cancel any more. `false` when the session has ended.
+    fn settle(&self) -> bool {
+        let Some(session) = self.session.upgrade() else {
+            return false;
+        };
+        let mut state = session.state();
+        if let Some(cancel) = state.in_flight.get_mut(&self.id) {
+            *cancel = None;
+        }
+        !state.ended
+    }
+}
+
+impl Drop for Booked {
+    fn drop(&mut self) {
+        if let Some(session) = self.session.upgrade() {
+            session.state().in_flight.remove(&self.id);
+        }
+    }
+}
+
 impl Response {
     fn new(id: u64, result: Result<i32, Errno>) -> Self {
         Self {
@@ -220,21 +268,41 @@ fn require(condition: bool, errno: Errno) -> Result<(), Errno> {
     if condition { Ok(()) } else { Err(errno) }
 }
 
+/// Runs what calls the host driver. A host driver must not panic; if it does, only this request fails.
+fn guard<T>(call: impl FnOnce() -> T) -> Result<T, Errno> {
+    catch_unwind(AssertUnwindSafe(call)).map_err(|_| {
+        log::error!("the host driver has panicked: the request fails with EIO");
+        Errno::EIO
+    })
+}
+
 impl Session {
-    /// A session that waits for its hello. Without an aperture, mapping is refused.
+    /// A session that waits for its hello. Without an aperture, mapping is refused; and so is watching, since there is
+    /// nobody to report events to.
     pub fn new(
         driver: Arc<dyn HostDriver>,
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
     ) -> Self {
-        Self::with_counters(driver, aperture, limits, Arc::default())
+        Self::with_counters(driver, aperture, limits, None, Arc::default())
     }
 
-    /// As [`Session::new`], counting into `counters`.
+    /// As [`Session::new`], reporting what the guest watches.
+    pub fn with_report(
+        driver: Arc<dyn HostDriver>,
+        aperture: Option<Arc<Aperture>>,
+        limits: Limits,
+        report: Report,
+    ) -> Self {
+        Self::with_counters(driver, aperture, limits, Some(report), Arc::default())
+    }
+
+    /// As [`Session::with_report`], counting into `counters`.
     pub(crate) fn with_counters(
         driver: Arc<dyn HostDriver>,
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
+        report: Option<Report>,
         counters: Arc<Counters>,
     ) -> Self {
         Self(Arc::new(Shared {
@@ -243,6 +311,7 @@ impl Session {
             limits,
             state: Mutex::default(),
             workers: Workers::default(),
+            report,
             counters,
             memory: Arc::default(),
             handles: Arc::default(),
@@ -388,7 +457,12 @@ impl Shared {
                 };
                 self.run(id, waits, ask, complete)
             }
-            Operation::Watch => Err(Errno::ENOSYS),
+            Operation::Watch => {
+                let watch: &WatchRequest = only_body(rest)?;
+                require(watch.reserved == 0, Errno::EINVAL)?;
+                let object = self.object(object_id)?;
+                done(self.watch(id, object, watch.events.get())?)
+            }
             Operation::Size => {
                 require(rest.is_empty(), Errno::EINVAL)?;
                 require(room >= size_of::<SizeResponse>(), Errno::EINVAL)?;
@@ -402,7 +476,7 @@ impl Shared {
             Operation::Cancel => {
                 let cancel: &CancelRequest = only_body(rest)?;
                 let found = self.state().in_flight.get(&cancel.id.get()).cloned();
-                self.workers.cancel(found.ok_or(Errno::ENOENT)?);
+                self.workers.cancel(found.flatten().ok_or(Errno::ENOENT)?);
                 done(0)
             }
         }
@@ -417,38 +491,71 @@ impl Shared {
         complete: impl FnOnce() -> Complete,
     ) -> Result<Option<Response>, Errno> {
         let operation = move |cancel: &Cancel| {
-            // A host driver must not panic; if it does, only this request fails.
-            catch_unwind(AssertUnwindSafe(|| operation(cancel))).unwrap_or_else(|_| {
-                log::error!("the host driver has panicked: the request fails with EIO");
-                Response::new(id, Err(Errno::EIO))
-            })
+            guard(|| operation(cancel)).unwrap_or_else(|errno| Response::new(id, Err(errno)))
         };
         if !waits {
             return Ok(Some(operation(&Cancel::new())));
         }
-        let cancel = Arc::new(Cancel::new());
-        let limit = usize::try_from(self.limits.in_flight).unwrap_or(usize::MAX);
-        {
-            let mut state = self.state();
-            require(!state.ended, Errno::ENODEV)?;
-            require(state.in_flight.len() < limit, Errno::EAGAIN)?;
-            require(!state.in_flight.contains_key(&id), Errno::EINVAL)?;
-            state.in_flight.insert(id, Arc::clone(&cancel));
-        }
-        let job = || {
-            let (session, cancel, complete) = (Arc::clone(self), Arc::clone(&cancel), complete());
+        let (booked, cancel) = self.book(id)?;
+        self.start(|| {
+            let complete = complete();
             Box::new(move || {
                 let response = operation(&cancel);
                 // The id is free again before the guest can see the response.
-                session.state().in_flight.remove(&id);
-                drop((cancel, session));
+                drop((cancel, booked));
                 complete(response);
-            }) as Job
+            })
+        })?;
+        Ok(None)
+    }
+
+    /// Counts a request as one in flight.
+    fn book(self: &Arc<Self>, id: u64) -> Result<(Booked, Arc<Cancel>), Errno> {
+        let cancel = Arc::new(Cancel::new());
+        let limit = usize::try_from(self.limits.in_flight).unwrap_or(usize::MAX);
+        let mut state = self.state();
+        require(!state.ended, Errno::ENODEV)?;
+        require(state.in_flight.len() < limit, Errno::EAGAIN)?;
+        require(!state.in_flight.contains_key(&id), Errno::EINVAL)?;
+        state.in_flight.insert(id, Some(Arc::clone(&cancel)));
+        let session = Arc::downgrade(self);
+        Ok((Booked { session, id }, cancel))
+    }
+
+    fn start(&self, job: impl FnOnce() -> Job) -> Result<(), Errno> {
+        self.workers.run(job).map_err(|_| Errno::EAGAIN)
+    }
+
+    /// Gives the events that are there, or sees to it that they are reported.
+    fn watch(self: &Arc<Self>, id: u64, object: Object, events: u32) -> Result<i32, Errno> {
+        let report = self.report.clone().ok_or(Errno::EOPNOTSUPP)?;
+        let poll = move |timeout, cancel: &Cancel| {
+            guard(|| object.host().poll(events, timeout, cancel)).flatten()
         };
-        self.workers.run(job).map(|()| None).map_err(|_| {
-            self.state().in_flight.remove(&id);
-            Errno::EAGAIN
-        })
+        let ready = poll(Some(Duration::ZERO), &Cancel::new())?;
+        if ready != 0 {
+            return Ok(i32::try_from(ready).unwrap_or(0));
+        }
+        let (booked, cancel) = self.book(id)?;
+        self.start(|| {
+            Box::new(move || {
+                let events = match poll(None, &cancel) {
+                    Ok(ready) => ready,
+                    Err(Errno::EINTR) => 0,
+                    Err(_) => u32::from(libc::POLLERR.unsigned_abs()),
+                };
+                drop((poll, cancel));
+                if booked.settle() {
+                    let event = wire::Event {
+                        id: id.into(),
+                        events: events.into(),
+                        reserved: 0.into(),
+                    };
+                    report(Pending { event, _id: booked });
+                }
+            })
+        })?;
+        Ok(0)
     }
 
     fn hello(&self, id: u64, payload: &[u8], room: usize) -> Result<Response, Errno> {
@@ -688,7 +795,7 @@ impl Shared {
             state.ended = true;
             state.open = false;
             state.mapped = 0;
-            let in_flight: Vec<_> = state.in_flight.values().cloned().collect();
+            let in_flight: Vec<_> = state.in_flight.values().flatten().cloned().collect();
             (
                 in_flight,
                 std::mem::take(&mut state.objects),

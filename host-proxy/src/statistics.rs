@@ -11,6 +11,7 @@ pub(crate) struct Counters {
     pub(crate) doorbells: AtomicU64,
     pub(crate) interrupts: AtomicU64,
     pub(crate) completed: AtomicU64,
+    pub(crate) events: AtomicU64,
     pub(crate) rejected: AtomicU64,
     pub(crate) malformed: AtomicU64,
     operations: [AtomicU64; OPERATIONS],
@@ -36,6 +37,7 @@ impl Counters {
             doorbells: load(&self.doorbells),
             interrupts: load(&self.interrupts),
             completed: load(&self.completed),
+            events: load(&self.events),
             rejected: load(&self.rejected),
             malformed: load(&self.malformed),
             operations: operations.collect(),
@@ -53,9 +55,12 @@ pub struct Statistics {
     pub interrupts: u64,
     /// Requests completed.
     pub completed: u64,
+    /// Events that the guest has got.
+    pub events: u64,
     /// Requests answered with an errno before any host driver was asked.
     pub rejected: u64,
-    /// Descriptor chains that were no request: without room for an answer, too long, or broken.
+    /// Descriptor chains that were no request: without room for an answer, too long, or broken. And buffers on the event
+    /// queue that could not take an event.
     pub malformed: u64,
     /// Requests of each operation.
     pub operations: Vec<(&'static str, u64)>,

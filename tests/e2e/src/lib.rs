@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod debug_device;
 pub mod drm_ioctl;
+pub mod gate;
 pub mod guest_vm;
 pub mod loopback;
 pub mod loopback_file;

@@ -4,8 +4,10 @@
 //! proxy's own threads, as they do behind a virtqueue.
 
 use pvgpu_guest_driver::channel::{Channel, Slot};
-use pvgpu_host_proxy::Errno;
-use pvgpu_host_proxy::session::{Response, Session};
+use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::session::{Pending, Response, Session};
+use pvgpu_host_proxy::{Errno, Limits};
+use std::sync::Arc;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::time::{Duration, Instant};
 
@@ -20,6 +22,7 @@ pub struct Loopback {
     slots: Vec<Option<Message>>,
     start: Instant,
     interrupted: bool,
+    events: Receiver<Pending>,
 }
 
 /// A request and its response.
@@ -33,12 +36,36 @@ struct Message {
 impl Loopback {
     /// A channel to that session.
     pub fn new(session: Session) -> Self {
+        Self::with_events(session, channel().1)
+    }
+
+    /// A channel to a new session without an aperture, that reports events.
+    pub fn watching(driver: Arc<dyn HostDriver>, limits: Limits) -> Self {
+        let (report, events) = channel();
+        let report = move |event| report.send(event).unwrap_or(());
+        let session = Session::with_report(driver, None, limits, Arc::new(report));
+        Self::with_events(session, events)
+    }
+
+    fn with_events(session: Session, events: Receiver<Pending>) -> Self {
         Self {
             session,
             slots: Vec::new(),
             start: Instant::now(),
             interrupted: false,
+            events,
         }
+    }
+
+    /// Waits for the next event.
+    pub fn event(&self) -> Pending {
+        let event = self.events.recv_timeout(PATIENCE);
+        event.expect("an event")
+    }
+
+    /// The next event, if there is one already.
+    pub fn event_now(&self) -> Option<Pending> {
+        self.events.try_recv().ok()
     }
 
     /// Interrupts the next wait, as a signal does.

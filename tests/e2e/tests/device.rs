@@ -1,12 +1,15 @@
 //! What the virtio device promises to any VMM, driven through real virtqueues in made-up guest memory.
 
+use pvgpu_e2e::gate::{Gate, GateDriver};
 use pvgpu_e2e::recording::{Record, Recording};
-use pvgpu_host_proxy::Limits;
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::device::{ActivateError, Device, DeviceConfig, Doorbell, Interrupt};
+use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::wire::{
-    MapRequest, OpenRequest, Operation, PollRequest, RequestHeader, ResponseHeader,
+    CancelRequest, Event, MapRequest, OpenRequest, Operation, PollRequest, RequestHeader,
+    ResponseHeader, WatchRequest,
 };
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
@@ -20,6 +23,10 @@ const MEMORY: usize = 1 << 20;
 const DESCRIPTORS: u64 = 0;
 const AVAILABLE: u64 = 0x1000;
 const USED: u64 = 0x2000;
+/// Where the event queue's parts lie, as far from those of the request queue.
+const EVENT_QUEUE: u64 = 0x1_0000;
+/// Buffers for events lie here, [`SLOT`] bytes each.
+const EVENTS: u64 = 0x2_0000;
 /// Requests and responses lie here, [`SLOT`] bytes each.
 const BUFFERS: u64 = 0x4_0000;
 const SLOT: u64 = 0x400;
@@ -30,11 +37,11 @@ const VERSION_1: u64 = 1 << 32;
 const EVENT_IDX: u64 = 1 << 29;
 
 #[derive(Default)]
-struct Interrupts(AtomicUsize);
+struct Interrupts(AtomicUsize, AtomicUsize);
 
 impl Interrupt for Interrupts {
-    fn signal_queue(&self, _queue: u16) {
-        self.0.fetch_add(1, Ordering::SeqCst);
+    fn signal_queue(&self, queue: u16) {
+        [&self.0, &self.1][usize::from(queue)].fetch_add(1, Ordering::SeqCst);
     }
 
     fn signal_config(&self) {}
@@ -47,6 +54,10 @@ struct Machine {
     interrupts: Arc<Interrupts>,
     /// Chains made available so far.
     submitted: u16,
+    /// Whether the event queue is to be set up.
+    with_events: bool,
+    /// Chains made available on the event queue so far.
+    given: u16,
 }
 
 impl Machine {
@@ -57,6 +68,27 @@ impl Machine {
     fn with(doorbell: Doorbell, features: u64) -> Self {
         let driver = Recording::default();
         let record = driver.record();
+        let mut machine = Self::inactive(doorbell, Arc::new(driver), record);
+        machine.activate(features).unwrap();
+        machine
+    }
+
+    /// A machine that has opened a file whose gate is returned, with an event queue.
+    fn watching(doorbell: Doorbell, features: u64) -> (Self, Arc<Gate>) {
+        let driver = GateDriver::default();
+        let gate = driver.gate();
+        let mut machine = Self::inactive(doorbell, Arc::new(driver), Arc::default());
+        machine.with_events = true;
+        machine.activate(features).unwrap();
+        machine.hello();
+        machine.open();
+        machine.ring();
+        machine.wait_for_used(2);
+        assert_eq!((machine.result(0), machine.result(1)), (0, 1));
+        (machine, gate)
+    }
+
+    fn inactive(doorbell: Doorbell, driver: Arc<dyn HostDriver>, record: Arc<Record>) -> Self {
         let config = DeviceConfig {
             queue_size: QUEUE_SIZE,
             doorbell,
@@ -67,17 +99,17 @@ impl Machine {
             ..DeviceConfig::default()
         };
         let aperture = Aperture::new(1 << 20).unwrap();
-        let device = Device::new(Arc::new(driver), Some(aperture), config).unwrap();
+        let device = Device::new(driver, Some(aperture), config).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
-        let mut machine = Self {
+        Self {
             device,
             record,
             memory: GuestMemoryAtomic::new(memory),
             interrupts: Arc::default(),
             submitted: 0,
-        };
-        machine.activate(features).unwrap();
-        machine
+            with_events: false,
+            given: 0,
+        }
     }
 
     fn activate(&mut self, features: u64) -> Result<(), ActivateError> {
@@ -90,36 +122,42 @@ impl Machine {
         features: u64,
         interrupts: Arc<dyn Interrupt>,
     ) -> Result<(), ActivateError> {
-        let mut queue = Queue::new(QUEUE_SIZE).unwrap();
-        queue
-            .try_set_desc_table_address(GuestAddress(DESCRIPTORS))
-            .unwrap();
-        queue
-            .try_set_avail_ring_address(GuestAddress(AVAILABLE))
-            .unwrap();
-        queue.try_set_used_ring_address(GuestAddress(USED)).unwrap();
-        queue.set_ready(true);
-        let event_queue = Queue::new(QUEUE_SIZE).unwrap(); // not set up
-        let queues = vec![queue, event_queue];
+        let queues = vec![queue_at(0, true), queue_at(EVENT_QUEUE, self.with_events)];
         self.device
             .activate(self.memory.clone(), features, queues, interrupts)
     }
 
     /// Makes a chain of these descriptors available: (address, length, writable).
     fn submit_chain(&mut self, buffers: &[(u64, u32, bool)]) {
-        let head = self.submitted * 2;
+        self.chain(0, self.submitted, buffers);
+        self.submitted += 1;
+    }
+
+    /// Makes a chain available on the event queue, without ringing its doorbell.
+    fn give_chain(&mut self, buffers: &[(u64, u32, bool)]) {
+        self.chain(EVENT_QUEUE, self.given, buffers);
+        self.given += 1;
+    }
+
+    /// Makes a buffer for one event available.
+    fn give_buffer(&mut self) {
+        let address = EVENTS + u64::from(self.given) * SLOT;
+        self.give_chain(&[(address, 16, true)]);
+    }
+
+    fn chain(&mut self, queue: u64, number: u16, buffers: &[(u64, u32, bool)]) {
+        let head = number * 2;
         for (index, &(address, length, writable)) in (0..).zip(buffers) {
             let last = usize::from(index) + 1 == buffers.len();
             let flags = if writable { WRITE } else { 0 } | if last { 0 } else { NEXT };
-            let place = DESCRIPTORS + u64::from(head + index) * 16;
+            let place = queue + DESCRIPTORS + u64::from(head + index) * 16;
             self.store(place, address);
             self.store(place + 8, length);
             self.store(place + 12, flags);
             self.store(place + 14, head + index + 1);
         }
-        self.store(AVAILABLE + 4 + u64::from(self.submitted) * 2, head);
-        self.submitted += 1;
-        self.store(AVAILABLE + 2, self.submitted);
+        self.store(queue + AVAILABLE + 4 + u64::from(number) * 2, head);
+        self.store(queue + AVAILABLE + 2, number + 1);
     }
 
     fn store<T: vm_memory::AtomicAccess>(&self, address: u64, value: T) {
@@ -152,11 +190,66 @@ impl Machine {
         self.device.notify(0);
     }
 
-    fn used(&self) -> u16 {
+    fn load<T: vm_memory::AtomicAccess>(&self, address: u64) -> T {
         let memory = self.memory.memory();
         memory
-            .load(GuestAddress(USED + 2), Ordering::SeqCst)
+            .load(GuestAddress(address), Ordering::SeqCst)
             .unwrap()
+    }
+
+    fn used(&self) -> u16 {
+        self.load(USED + 2)
+    }
+
+    /// Watches the file for input; the response is the last one.
+    fn watch(&mut self) -> i32 {
+        let body = WatchRequest {
+            events: 1.into(),
+            reserved: 0.into(),
+        };
+        self.submit(Operation::Watch, 1, body.as_bytes());
+        self.last_result()
+    }
+
+    /// Rings the doorbell and waits for the last request's result.
+    fn last_result(&mut self) -> i32 {
+        self.ring();
+        self.wait_for_used(self.submitted);
+        self.result(self.submitted - 1)
+    }
+
+    /// Rings the event queue's doorbell.
+    fn ring_for_events(&self) {
+        self.device.notify(1);
+    }
+
+    /// Waits until so many buffers of the event queue have been returned.
+    fn wait_for_events(&self, count: u16) {
+        self.wait_for_used_of(EVENT_QUEUE, count);
+    }
+
+    /// What is in a returned buffer of the event queue: the id and the events, `None` if it was returned empty.
+    fn event(&self, number: u16) -> Option<(u64, u32)> {
+        let used = EVENT_QUEUE + USED + 4 + u64::from(number) * 8;
+        assert_eq!(self.load::<u32>(used), u32::from(number) * 2);
+        let length: u32 = self.load(used + 4);
+        if length == 0 {
+            return None;
+        }
+        assert_eq!(length, 16);
+        let mut bytes = [0; 16];
+        let address = EVENTS + u64::from(number) * SLOT;
+        let memory = self.memory.memory();
+        memory
+            .read_slice(&mut bytes, GuestAddress(address))
+            .unwrap();
+        let event = Event::read_from_bytes(&bytes).unwrap();
+        assert_eq!(event.reserved, 0);
+        Some((event.id.get(), event.events.get()))
+    }
+
+    fn in_flight(&self) -> usize {
+        self.device.statistics().usage.unwrap().in_flight
     }
 
     /// The result of the request that was submitted as number `index`.
@@ -203,15 +296,44 @@ impl Machine {
     }
 
     fn wait_for_used(&self, count: u16) {
+        self.wait_for_used_of(0, count);
+    }
+
+    fn wait_for_used_of(&self, queue: u64, count: u16) {
         let deadline = Instant::now() + Duration::from_secs(30);
-        while self.used() != count {
-            assert!(
-                Instant::now() < deadline,
-                "only {} of {count} completed",
-                self.used()
-            );
+        loop {
+            let used: u16 = self.load(queue + USED + 2);
+            if used == count {
+                return;
+            }
+            assert!(Instant::now() < deadline, "only {used} of {count} returned");
             std::thread::yield_now();
         }
+    }
+}
+
+/// A queue whose parts lie behind `base`.
+fn queue_at(base: u64, ready: bool) -> Queue {
+    let mut queue = Queue::new(QUEUE_SIZE).unwrap();
+    queue
+        .try_set_desc_table_address(GuestAddress(base + DESCRIPTORS))
+        .unwrap();
+    queue
+        .try_set_avail_ring_address(GuestAddress(base + AVAILABLE))
+        .unwrap();
+    queue
+        .try_set_used_ring_address(GuestAddress(base + USED))
+        .unwrap();
+    queue.set_ready(ready);
+    queue
+}
+
+/// Waits until something has happened.
+fn wait_until(what: &str, condition: impl Fn() -> bool) {
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while !condition() {
+        assert!(Instant::now() < deadline, "{what} does not come true");
+        std::thread::yield_now();
     }
 }
 
@@ -400,6 +522,8 @@ fn an_impossible_available_index_holds_up_neither_a_vcpu_nor_the_reset() {
 /// they overwrite the ring.
 struct Endless {
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// Where the queue's parts lie.
+    queue: u64,
     interrupts: AtomicUsize,
 }
 
@@ -407,7 +531,7 @@ impl Interrupt for Endless {
     fn signal_queue(&self, _queue: u16) {
         self.interrupts.fetch_add(1, Ordering::SeqCst);
         let memory = self.memory.memory();
-        let index = GuestAddress(AVAILABLE + 2);
+        let index = GuestAddress(self.queue + AVAILABLE + 2);
         let available: u16 = memory.load(index, Ordering::SeqCst).unwrap();
         memory
             .store(available.wrapping_add(1), index, Ordering::SeqCst)
@@ -422,6 +546,7 @@ fn a_doorbell_returns_once_the_device_is_switched_off_though_requests_never_end(
     let mut machine = Machine::new(Doorbell::Inline);
     let endless = Arc::new(Endless {
         memory: machine.memory.clone(),
+        queue: 0,
         interrupts: AtomicUsize::new(0),
     });
     machine.device.reset();
@@ -463,4 +588,200 @@ fn a_doorbell_of_a_queue_that_the_guest_has_not_set_up_does_nothing() {
     let memory = machine.memory.memory();
     let untouched: u64 = memory.load(GuestAddress(0), Ordering::SeqCst).unwrap();
     assert_eq!(untouched, u64::MAX);
+}
+
+#[test]
+fn an_event_comes_in_a_buffer_of_the_event_queue_and_interrupts() {
+    for doorbell in [Doorbell::Inline, Doorbell::Worker] {
+        for features in [VERSION_1, VERSION_1 | EVENT_IDX] {
+            let (mut machine, gate) = Machine::watching(doorbell, features);
+            machine.give_buffer();
+            assert_eq!(machine.watch(), 0);
+            assert_eq!(machine.in_flight(), 1);
+            gate.set(1);
+            machine.wait_for_events(1);
+            assert_eq!(machine.event(0), Some((2, 1)));
+            assert_eq!(machine.in_flight(), 0);
+            // What is ready is said at once, and takes no buffer.
+            machine.give_buffer();
+            assert_eq!(machine.watch(), 1);
+            machine.device.reset();
+            assert_eq!(machine.interrupts.1.load(Ordering::SeqCst), 1);
+            assert_eq!(machine.device.statistics().events, 1);
+            machine.wait_for_events(1);
+        }
+    }
+}
+
+#[test]
+fn a_cancelled_watch_gives_one_event_that_says_so() {
+    let (mut machine, _) = Machine::watching(Doorbell::Inline, VERSION_1);
+    machine.give_buffer();
+    machine.give_buffer();
+    assert_eq!(machine.watch(), 0);
+    let cancel = CancelRequest { id: 2.into() };
+    machine.submit(Operation::Cancel, 0, cancel.as_bytes());
+    assert_eq!(machine.last_result(), 0);
+    machine.wait_for_events(1);
+    assert_eq!(machine.event(0), Some((2, 0)));
+    machine.submit(Operation::Cancel, 0, cancel.as_bytes());
+    assert_eq!(machine.last_result(), -Errno::ENOENT.number());
+    machine.device.reset();
+    machine.wait_for_events(1);
+}
+
+#[test]
+fn events_without_buffers_are_kept_until_the_guest_rings_with_some() {
+    for features in [VERSION_1, VERSION_1 | EVENT_IDX] {
+        for doorbell in [Doorbell::Inline, Doorbell::Worker] {
+            let (mut machine, gate) = Machine::watching(doorbell, features);
+            for _ in 0..3 {
+                assert_eq!(machine.watch(), 0);
+            }
+            let asks_for_doorbells = |machine: &Machine| match features & EVENT_IDX {
+                0 => machine.load::<u16>(EVENT_QUEUE + USED) & 1 == 0,
+                _ => {
+                    let place = EVENT_QUEUE + USED + 4 + u64::from(QUEUE_SIZE) * 8;
+                    machine.load::<u16>(place) == machine.given
+                }
+            };
+            assert!(features & EVENT_IDX != 0 || !asks_for_doorbells(&machine));
+            gate.set(1);
+            wait_until("a doorbell is wanted", || asks_for_doorbells(&machine));
+            assert_eq!(machine.in_flight(), 3);
+            machine.give_buffer();
+            machine.give_buffer();
+            machine.ring_for_events();
+            machine.wait_for_events(2);
+            assert_eq!(machine.in_flight(), 1);
+            wait_until("a doorbell is wanted", || asks_for_doorbells(&machine));
+            machine.give_buffer();
+            machine.ring_for_events();
+            machine.wait_for_events(3);
+            assert_eq!(machine.in_flight(), 0);
+            let mut events: Vec<_> = (0..3).map(|number| machine.event(number)).collect();
+            events.sort();
+            assert_eq!(events, [Some((2, 1)), Some((3, 1)), Some((4, 1))]);
+        }
+    }
+}
+
+#[test]
+fn buffers_that_cannot_take_an_event_are_returned_empty_and_the_event_comes_in_the_next() {
+    let (mut machine, gate) = Machine::watching(Doorbell::Inline, VERSION_1);
+    machine.give_chain(&[(EVENTS, 15, true)]);
+    machine.give_chain(&[(EVENTS, 16, false)]);
+    machine.give_chain(&[(EVENTS, 8, false), (EVENTS, 64, true)]);
+    machine.give_chain(&[(MEMORY as u64 - 8, 16, true)]);
+    machine.give_chain(&[(u64::MAX - 8, 16, true)]);
+    machine.give_buffer();
+    assert_eq!(machine.watch(), 0);
+    gate.set(1);
+    machine.wait_for_events(6);
+    let events: Vec<_> = (0..6).map(|number| machine.event(number)).collect();
+    assert_eq!(events, [None, None, None, None, None, Some((2, 1))]);
+    let statistics = machine.device.statistics();
+    assert_eq!((statistics.malformed, statistics.events), (5, 1));
+}
+
+#[test]
+fn an_event_may_lie_in_several_descriptors() {
+    let (mut machine, gate) = Machine::watching(Doorbell::Inline, VERSION_1);
+    machine.give_chain(&[(EVENTS, 7, true), (EVENTS + 7, 64, true)]);
+    assert_eq!(machine.watch(), 0);
+    gate.set(1);
+    machine.wait_for_events(1);
+    assert_eq!(machine.event(0), Some((2, 1)));
+}
+
+#[test]
+fn a_broken_event_queue_is_ignored_and_requests_go_on() {
+    let (mut machine, gate) = Machine::watching(Doorbell::Inline, VERSION_1);
+    machine.store(EVENT_QUEUE + AVAILABLE + 2, QUEUE_SIZE + 1);
+    assert_eq!(machine.watch(), 0);
+    gate.set(1);
+    let malformed = || machine.device.statistics().malformed;
+    wait_until("the ring is found broken", || malformed() == 1);
+    machine.ring_for_events();
+    machine.ring_for_events();
+    assert_eq!(malformed(), 1);
+    machine.submit(Operation::Nop, 0, &[]);
+    assert_eq!(machine.last_result(), 0);
+    machine.device.reset();
+    machine.wait_for_events(0);
+    assert_eq!(gate.open(), 0);
+}
+
+#[test]
+fn a_reset_drops_watches_and_kept_events_and_the_next_session_starts_afresh() {
+    let (mut machine, gate) = Machine::watching(Doorbell::Worker, VERSION_1);
+    assert_eq!(machine.watch(), 0);
+    wait_until("the first watch waits", || gate.waiting() == 1);
+    gate.set(1);
+    wait_until("the first watch ends", || gate.waiting() == 0);
+    gate.set(0);
+    assert_eq!(machine.watch(), 0);
+    wait_until("the second watch waits", || gate.waiting() == 1);
+    machine.device.reset();
+    assert_eq!((gate.open(), gate.waiting()), (0, 0));
+    let counted = machine.device.statistics();
+    assert_eq!((counted.events, counted.malformed), (0, 0));
+
+    // The guest sets its queues up again, with nothing in them.
+    for queue in [0, EVENT_QUEUE] {
+        machine.store(queue + AVAILABLE + 2, 0u16);
+        machine.store(queue + USED + 2, 0u16);
+    }
+    (machine.submitted, machine.given) = (0, 0);
+    machine.activate(VERSION_1).unwrap();
+    machine.hello();
+    machine.open();
+    machine.give_buffer();
+    machine.give_buffer();
+    assert_eq!(machine.watch(), 0);
+    gate.set(1);
+    machine.wait_for_events(1);
+    assert_eq!(machine.event(0), Some((2, 1)));
+}
+
+#[test]
+fn a_guest_that_has_not_set_up_the_event_queue_cannot_watch() {
+    let mut machine = Machine::new(Doorbell::Inline);
+    machine.hello();
+    machine.open();
+    assert_eq!(machine.watch(), -Errno::EOPNOTSUPP.number());
+    machine.ring_for_events();
+}
+
+#[test]
+fn a_reset_comes_through_though_useless_buffers_for_events_never_end() {
+    let (mut machine, gate) = Machine::watching(Doorbell::Inline, VERSION_1);
+    let endless = Arc::new(Endless {
+        memory: machine.memory.clone(),
+        queue: EVENT_QUEUE,
+        interrupts: AtomicUsize::new(0),
+    });
+    machine.device.reset();
+    for queue in [0, EVENT_QUEUE] {
+        machine.store(queue + AVAILABLE + 2, 0u16);
+        machine.store(queue + USED + 2, 0u16);
+    }
+    (machine.submitted, machine.given) = (0, 0);
+    let interrupt = Arc::clone(&endless) as Arc<dyn Interrupt>;
+    machine.activate_with(VERSION_1, interrupt).unwrap();
+    machine.hello();
+    machine.open();
+    assert_eq!(machine.watch(), 0);
+    machine.give_chain(&[(EVENTS, 15, true)]);
+    gate.set(1);
+    let deadline = Instant::now() + Duration::from_secs(30);
+    while endless.interrupts.load(Ordering::SeqCst) < 1000 {
+        assert!(Instant::now() < deadline, "the buffers have ended");
+    }
+    let (done, ended) = std::sync::mpsc::channel();
+    std::thread::spawn(move || {
+        machine.device.reset();
+        done.send(machine.device.statistics().events).unwrap();
+    });
+    assert_eq!(ended.recv_timeout(Duration::from_secs(30)), Ok(0));
 }

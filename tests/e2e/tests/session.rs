@@ -1,5 +1,6 @@
 //! What a session promises, in front of a host driver that records what reaches it: bad requests never do.
 
+use pvgpu_e2e::gate::{Gate, GateDriver};
 use pvgpu_e2e::loopback::Loopback;
 use pvgpu_e2e::recording::{Record, Recording};
 use pvgpu_guest_driver::channel::Channel;
@@ -7,14 +8,17 @@ use pvgpu_guest_driver::flat::Flat;
 use pvgpu_guest_driver::session::{ObjectId, Session};
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::session::Session as HostSession;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::family::core::{self, GemClose, PrimeFdToHandle, PrimeHandleToFd};
+use pvgpu_protocol::family::soft::{self, Hang, Stream, Submit};
 use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, GetParam, Map, ResourceCreate, Wait};
 use pvgpu_protocol::schema::command;
 use pvgpu_protocol::wire::{
     IoctlRequest, MapRequest, OpenRequest, Operation, RequestHeader, ResponseHeader, open,
 };
 use std::sync::Arc;
+use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 struct Guest {
@@ -565,4 +569,213 @@ fn a_guest_that_dies_in_the_middle_of_a_request_leaves_nothing_behind() {
     let file = session.open(open::RDWR).unwrap();
     assert_eq!(session.map(file, 0, 1 << 20, 3), Ok(mapping));
     assert!(session.channel().max_message() > 0);
+}
+
+/// A guest that watches files which are ready when the test says so.
+struct Watcher {
+    session: Session<Loopback>,
+    gate: Arc<Gate>,
+    file: ObjectId,
+}
+
+const IN: u32 = 1;
+const ERROR: u32 = 8;
+/// Ids of watches; those of other requests are smaller.
+const ID: u64 = 1 << 40;
+
+impl Watcher {
+    fn new() -> Self {
+        Self::with_limits(Limits::default())
+    }
+
+    fn with_limits(limits: Limits) -> Self {
+        let driver = GateDriver::default();
+        let gate = driver.gate();
+        let channel = Loopback::watching(Arc::new(driver), limits);
+        let mut session = Session::connect(channel, "watcher").unwrap();
+        let file = session.open(open::RDWR).unwrap();
+        Self {
+            session,
+            gate,
+            file,
+        }
+    }
+
+    fn watch(&mut self, id: u64) -> Result<u32, Errno> {
+        self.session.watch(id, self.file, IN)
+    }
+
+    /// The next event, as the guest gets it.
+    fn event(&mut self) -> (u64, u32) {
+        let event = self.session.channel().event().event();
+        assert_eq!(event.reserved, 0);
+        (event.id.get(), event.events.get())
+    }
+
+    fn no_event(&mut self) -> bool {
+        std::thread::sleep(Duration::from_millis(50));
+        self.session.channel().event_now().is_none()
+    }
+
+    fn in_flight(&mut self) -> usize {
+        self.session.channel().session().usage().in_flight
+    }
+
+    fn settle(&mut self) {
+        let deadline = Instant::now() + Duration::from_secs(30);
+        while self.in_flight() > 0 {
+            assert!(Instant::now() < deadline, "a watch does not end");
+            std::thread::yield_now();
+        }
+    }
+}
+
+#[test]
+fn a_watch_of_what_is_ready_says_so_and_no_event_follows() {
+    let mut guest = Watcher::new();
+    guest.gate.set(IN);
+    assert_eq!(guest.watch(ID), Ok(IN));
+    assert_eq!(guest.in_flight(), 0);
+    assert!(guest.no_event());
+}
+
+#[test]
+fn what_is_watched_is_reported_once_when_it_is_ready() {
+    let mut guest = Watcher::new();
+    assert_eq!(guest.watch(ID), Ok(0));
+    assert_eq!(guest.in_flight(), 1);
+    assert!(guest.no_event());
+    guest.gate.set(IN);
+    assert_eq!(guest.event(), (ID, IN));
+    guest.settle();
+    assert!(guest.no_event());
+}
+
+#[test]
+fn an_error_of_what_is_watched_is_reported_though_nobody_asked_for_it() {
+    let mut guest = Watcher::new();
+    assert_eq!(guest.watch(ID), Ok(0));
+    guest.gate.set(ERROR);
+    assert_eq!(guest.event(), (ID, ERROR));
+    guest.gate.set(0);
+    assert_eq!(guest.watch(ID), Ok(0));
+    guest.gate.fail(Errno::ENODEV);
+    assert_eq!(guest.event(), (ID, ERROR));
+    assert_eq!(guest.watch(ID), Err(Errno::ENODEV));
+}
+
+#[test]
+fn a_cancelled_watch_is_reported_once_without_events() {
+    let mut guest = Watcher::new();
+    assert_eq!(guest.watch(ID), Ok(0));
+    assert_eq!(guest.watch(ID + 1), Ok(0));
+    guest.session.cancel(ID).unwrap();
+    assert_eq!(guest.event(), (ID, 0));
+    assert!(guest.no_event());
+    assert_eq!(guest.in_flight(), 1);
+    guest.gate.set(IN);
+    assert_eq!(guest.event(), (ID + 1, IN));
+}
+
+#[test]
+fn a_watch_keeps_the_closed_object_until_its_event() {
+    let mut guest = Watcher::new();
+    assert_eq!(guest.watch(ID), Ok(0));
+    let file = guest.file;
+    guest.session.close(file).unwrap();
+    assert_eq!(guest.gate.open(), 1);
+    assert_eq!(guest.watch(ID + 1), Err(Errno::EBADF));
+    guest.gate.set(IN);
+    assert_eq!(guest.event(), (ID, IN));
+    assert_eq!(guest.gate.open(), 0);
+}
+
+#[test]
+fn the_id_of_a_watch_is_in_use_until_the_guest_has_its_event() {
+    let limits = Limits {
+        in_flight: 2,
+        ..Limits::default()
+    };
+    let mut guest = Watcher::with_limits(limits);
+    assert_eq!((guest.watch(ID), guest.watch(ID + 1)), (Ok(0), Ok(0)));
+    assert_eq!(guest.watch(ID + 2), Err(Errno::EAGAIN));
+    guest.gate.set(IN);
+    let kept = [
+        guest.session.channel().event(),
+        guest.session.channel().event(),
+    ];
+    guest.gate.set(0);
+    assert_eq!(guest.watch(ID + 2), Err(Errno::EAGAIN));
+    // There is nothing to cancel any more: the event comes.
+    assert_eq!(guest.session.cancel(ID), Err(Errno::ENOENT));
+    let [first, second] = kept;
+    let free = first.event().id.get();
+    drop(first);
+    let taken = second.event().id.get();
+    assert_eq!(guest.watch(taken), Err(Errno::EINVAL));
+    assert_eq!(guest.watch(free), Ok(0));
+    drop(second);
+    guest.gate.set(IN);
+    assert_eq!(guest.event(), (free, IN));
+}
+
+#[test]
+fn a_session_that_ends_drops_its_watches_without_an_event() {
+    let mut guest = Watcher::new();
+    for id in ID..ID + 20 {
+        assert_eq!(guest.watch(id), Ok(0));
+    }
+    guest.session.channel().session().end();
+    assert_eq!((guest.gate.waiting(), guest.gate.open()), (0, 0));
+    assert!(guest.session.channel().event_now().is_none());
+}
+
+#[test]
+fn the_end_of_one_session_leaves_the_watches_of_another_alone() {
+    let (mut ending, mut staying) = (Watcher::new(), Watcher::new());
+    assert_eq!((ending.watch(ID), staying.watch(ID)), (Ok(0), Ok(0)));
+    drop(ending);
+    assert!(staying.no_event());
+    staying.gate.set(IN);
+    assert_eq!(staying.event(), (ID, IN));
+}
+
+#[test]
+fn a_guest_without_a_place_for_events_cannot_watch() {
+    let mut guest = Guest::new();
+    let file = guest.file;
+    assert_eq!(guest.session.watch(ID, file, IN), Err(Errno::EOPNOTSUPP));
+}
+
+#[test]
+fn a_watched_fence_of_the_embedded_gpu_is_reported_when_the_work_ends() {
+    let config = SoftConfig {
+        watchdog: Duration::from_secs(1),
+        ..SoftConfig::default()
+    };
+    let driver = Arc::new(SoftDriver::new(config).unwrap());
+    let channel = Loopback::watching(driver, Limits::default());
+    let mut session = Session::connect(channel, "watcher").unwrap();
+    let file = session.open(open::RDWR).unwrap();
+    #[allow(unsafe_code)]
+    // SAFETY: every argument in this file is a live local with pointers to live locals, or null.
+    let mut caller = unsafe { Flat::new() };
+    let mut bytes = [0; 64];
+    let mut commands = Stream::new(&mut bytes);
+    commands.push(0, &Hang::default()).unwrap();
+    let mut submit = Submit {
+        commands: commands.bytes().as_ptr().expose_provenance() as u64,
+        commands_size: u32::try_from(commands.bytes().len()).unwrap(),
+        flags: soft::SUBMIT_FENCE_FD_OUT,
+        ..Default::default()
+    };
+    let address = &raw mut submit as u64;
+    session
+        .ioctl(file, soft::DRM_IOCTL_SOFT_SUBMIT, address, &mut caller)
+        .unwrap();
+    let fence = ObjectId(submit.fence_fd);
+    assert_eq!(session.watch(ID, fence, IN), Ok(0));
+    session.close(fence).unwrap();
+    let event = session.channel().event().event();
+    assert_eq!((event.id.get(), event.events.get()), (ID, IN));
 }
