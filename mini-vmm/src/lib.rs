@@ -48,4 +48,4 @@ pub use debug::DumpTarget;
 pub use gpu::Gpu;
 pub use serial::Console;
 pub use stop::{Ending, Stop};
-pub use vm::{Outcome, Vm, VmConfig, VmError};
+pub use vm::{Counters, Outcome, Vm, VmConfig, VmError};

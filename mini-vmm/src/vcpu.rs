@@ -7,7 +7,7 @@
 
 use std::os::fd::AsRawFd;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicU8, Ordering};
+use std::sync::atomic::{AtomicU8, AtomicU64, Ordering};
 use std::thread::JoinHandle;
 
 use kvm_bindings::{
@@ -53,6 +53,37 @@ impl std::ops::AddAssign for Exits {
         self.other += other.other;
         self.interrupted += other.interrupted;
     }
+}
+
+/// The exits of one vCPU while it counts them.
+#[derive(Debug, Default)]
+pub struct ExitCounters {
+    mmio_reads: AtomicU64,
+    mmio_writes: AtomicU64,
+    pio: AtomicU64,
+    hlt: AtomicU64,
+    other: AtomicU64,
+    interrupted: AtomicU64,
+}
+
+impl ExitCounters {
+    /// What they say now; any thread may ask.
+    pub fn read(&self) -> Exits {
+        let read = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Exits {
+            mmio_reads: read(&self.mmio_reads),
+            mmio_writes: read(&self.mmio_writes),
+            pio: read(&self.pio),
+            hlt: read(&self.hlt),
+            other: read(&self.other),
+            interrupted: read(&self.interrupted),
+        }
+    }
+}
+
+/// Counts one exit. The vCPU's thread alone writes its counters, so nothing is lost.
+fn count(counter: &AtomicU64) {
+    counter.store(counter.load(Ordering::Relaxed) + 1, Ordering::Relaxed);
 }
 
 /// Gets a vCPU thread out of the guest.
@@ -122,6 +153,7 @@ pub struct Surroundings {
 pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
+    exits: Arc<ExitCounters>,
 }
 
 impl Vcpu {
@@ -167,43 +199,49 @@ impl Vcpu {
             fd.set_fpu(&fpu)
                 .map_err(KvmError::at("set floating-point registers"))?;
         }
-        Ok((Self { fd, index }, kick))
+        let exits = Arc::default();
+        Ok((Self { fd, index, exits }, kick))
+    }
+
+    /// Its exits, which stay readable when it has ended.
+    pub fn exits(&self) -> Arc<ExitCounters> {
+        Arc::clone(&self.exits)
     }
 
     /// Runs the guest until the machine stops.
-    pub fn run(mut self, around: &Surroundings) -> Exits {
+    pub fn run(mut self, around: &Surroundings) {
         // Whatever ends this thread, a panic included, ends the machine.
         let _guard = EndOnDrop(&around.stop, self.index);
-        let mut exits = Exits::default();
+        let exits = Arc::clone(&self.exits);
         while !around.stop.stopped() {
             match self.fd.run() {
                 Ok(VcpuExit::MmioWrite(address, data)) => {
-                    exits.mmio_writes += 1;
+                    count(&exits.mmio_writes);
                     around.bus.write(address, data);
                 }
                 Ok(VcpuExit::MmioRead(address, data)) => {
-                    exits.mmio_reads += 1;
+                    count(&exits.mmio_reads);
                     around.bus.read(address, data);
                 }
                 Ok(VcpuExit::IoOut(port, data)) => {
-                    exits.pio += 1;
+                    count(&exits.pio);
                     around.ports.write(port, data);
                 }
                 Ok(VcpuExit::IoIn(port, data)) => {
-                    exits.pio += 1;
+                    count(&exits.pio);
                     around.ports.read(port, data);
                 }
-                Ok(VcpuExit::Hlt) => exits.hlt += 1,
-                Ok(VcpuExit::Intr) => exits.interrupted += 1,
+                Ok(VcpuExit::Hlt) => count(&exits.hlt),
+                Ok(VcpuExit::Intr) => count(&exits.interrupted),
                 Ok(exit) => {
-                    exits.other += 1;
+                    count(&exits.other);
                     let exit = Unhandled::from(&exit);
                     if let Some(ending) = self.ending(exit, around) {
                         around.stop.end(ending);
                     }
                 }
                 Err(error) => match error.errno() {
-                    libc::EINTR | libc::EAGAIN => exits.interrupted += 1,
+                    libc::EINTR | libc::EAGAIN => count(&exits.interrupted),
                     _ => {
                         let cause = format!("KVM_RUN failed: {error}; {}", self.place(around));
                         around.stop.end(Ending::Failure { cause });
@@ -211,7 +249,6 @@ impl Vcpu {
                 },
             }
         }
-        exits
     }
 
     /// What a rare exit means for the machine; `None` where it can go on.

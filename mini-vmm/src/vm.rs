@@ -9,8 +9,8 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use pvgpu_host_proxy::device::Device;
@@ -27,7 +27,7 @@ use crate::memory::{MemoryError, Ram};
 use crate::ports::Ports;
 use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
-use crate::vcpu::{self, Exits, Kick, Surroundings, Vcpu};
+use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
 use crate::virtio_mmio::VirtioMmio;
 use crate::{events, layout, size};
 
@@ -256,6 +256,14 @@ impl Vm {
         self.around.stop.clone()
     }
 
+    /// What the machine counts, readable from any thread while it runs.
+    pub fn counters(&self) -> Counters {
+        Counters {
+            exits: self.vcpus.iter().map(|(vcpu, _)| vcpu.exits()).collect(),
+            transport: self.transport.as_ref().map(Arc::downgrade),
+        }
+    }
+
     /// The guest's RAM, for tests and benchmarks that share words with their guest.
     pub fn memory(&self) -> &GuestMemoryAtomic<GuestMemoryMmap> {
         self.ram.map()
@@ -283,7 +291,8 @@ impl Vm {
             machine,
             vcpus,
         } = self;
-        let mut running: Vec<(JoinHandle<Exits>, Kick)> = Vec::new();
+        let exits: Vec<_> = vcpus.iter().map(|(vcpu, _)| vcpu.exits()).collect();
+        let mut running: Vec<(JoinHandle<()>, Kick)> = Vec::new();
         let mut result = Ok(());
         for (index, (vcpu, kick)) in vcpus.into_iter().enumerate() {
             let surroundings = around.clone();
@@ -312,12 +321,10 @@ impl Vm {
         for (thread, kick) in &mut running {
             kick.kick(thread);
         }
-        let mut exits = Exits::default();
         let mut panic = None;
         for (thread, _) in running {
-            match thread.join() {
-                Ok(count) => exits += count,
-                Err(payload) => panic = Some(payload),
+            if let Err(payload) = thread.join() {
+                panic = Some(payload);
             }
         }
         if let Some(payload) = panic {
@@ -338,12 +345,37 @@ impl Vm {
         Ok(Outcome {
             exit_code: ending.status(),
             ending,
-            exits,
+            exits: sum(&exits),
             doorbell_exits,
             gpu,
             dump,
         })
     }
+}
+
+/// What a machine counts while it runs. Its machine may end; then the GPU's counters are gone.
+pub struct Counters {
+    exits: Vec<Arc<ExitCounters>>,
+    transport: Option<Weak<VirtioMmio<Device>>>,
+}
+
+impl Counters {
+    /// The exits of all vCPUs so far.
+    pub fn exits(&self) -> Exits {
+        sum(&self.exits)
+    }
+
+    /// What the GPU has counted so far; none if there is no GPU any more.
+    pub fn gpu(&self) -> Option<Statistics> {
+        let transport = self.transport.as_ref()?.upgrade()?;
+        Some(transport.device().statistics())
+    }
+}
+
+fn sum(exits: &[Arc<ExitCounters>]) -> Exits {
+    let mut all = Exits::default();
+    exits.iter().for_each(|exits| all += exits.read());
+    all
 }
 
 /// What tells the guest's kernel where the machine's devices are.

@@ -3,13 +3,16 @@
 mod kernels;
 mod machine;
 
-use std::sync::{Arc, Mutex};
+use std::io;
+use std::sync::{Arc, Mutex, OnceLock};
 use std::time::Duration;
 
 use kernels::{TempFile, with_kvm};
 use machine::{Screen, boot, run};
 use pvgpu_mini_vmm::bus::{Attachment, Doorbell, MmioDevice};
-use pvgpu_mini_vmm::{Console, DumpTarget, Ending, Outcome, Vm, VmConfig, check, kvm, layout};
+use pvgpu_mini_vmm::{
+    Console, Counters, DumpTarget, Ending, Outcome, Vm, VmConfig, check, kvm, layout,
+};
 use vmm_sys_util::eventfd::EventFd;
 
 #[test]
@@ -149,6 +152,45 @@ fn exits_are_counted_by_cause() {
     assert_eq!(outcome.exits.mmio_writes, 11);
     assert_eq!(outcome.exits.mmio_reads, 2);
     assert_eq!(outcome.exits.pio, 3);
+}
+
+#[test]
+fn exits_can_be_read_while_the_machine_runs() {
+    if !with_kvm() {
+        return;
+    }
+    /// Notes how many port accesses are counted at each byte that the guest prints, by one.
+    struct Watch {
+        counters: Arc<OnceLock<Counters>>,
+        seen: Arc<Mutex<Vec<u64>>>,
+    }
+    impl io::Write for Watch {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let exits = self.counters.get().unwrap().exits();
+            self.seen.lock().unwrap().push(exits.pio);
+            Ok(bytes.len())
+        }
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+    let kernel = TempFile::new(&kernels::elf(kernels::linux_reporter()));
+    let mut config = VmConfig::new(kernel.path());
+    config.cmdline = "0123456789".into();
+    let (counters, seen) = (Arc::default(), Arc::default());
+    config.console = Console::output(Watch {
+        counters: Arc::clone(&counters),
+        seen: Arc::clone(&seen),
+    });
+    let vm = Vm::new(config).unwrap();
+    assert!(counters.set(vm.counters()).is_ok());
+    let outcome = vm.run().unwrap();
+    let seen = seen.lock().unwrap();
+    assert!(seen.len() > 10, "{seen:?}");
+    assert!(seen.is_sorted_by(|a, b| a < b), "{seen:?}");
+    let counters = counters.get().unwrap();
+    assert_eq!(counters.exits(), outcome.exits);
+    assert!(counters.gpu().is_none(), "there was none");
 }
 
 #[test]
