@@ -8,6 +8,7 @@ use clap::{Parser, Subcommand};
 mod bench;
 mod command;
 mod demo;
+mod dkms;
 mod docs;
 mod lock_file;
 mod packages;

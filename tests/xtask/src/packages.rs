@@ -27,6 +27,9 @@ pub const MESA: &[&str] = &["libegl1", "libegl-mesa0", "libgbm1", "libgl1-mesa-d
 /// What building the Linux module needs beside a kernel's headers.
 pub const LINUX_MODULE: &[&str] = &["gcc", "make", "rustc-web", "rust-web-src"];
 
+/// What installing it by DKMS needs beside those.
+pub const DKMS: &[&str] = &["dkms", "cargo-web", "kmod", "openssl"];
+
 /// The kernels whose headers the tables of ioctls are compared with (`protocol/tests/headers.rs`).
 const HEADERS: &[&str] = &["6.1", "6.12"];
 

@@ -3,6 +3,7 @@
 //! A step that cannot run here fails; nothing is skipped unless the caller says so on the command line or in
 //! `PVGPU_WITHOUT_KVM`.
 
+use crate::dkms;
 use crate::lock_file;
 use crate::packages;
 use crate::say::say;
@@ -85,6 +86,11 @@ const STEPS: &[Step] = &[
             command.args(["doc", "--quiet", "--workspace", "--no-deps"]);
             status(command.env("RUSTDOCFLAGS", "-D warnings"))
         },
+    },
+    Step {
+        name: "dkms",
+        what: "DKMS installs the Linux module for the kernels that guests boot, and removes it",
+        run: |workspace| dkms::run(workspace).map_err(|error| error.to_string()),
     },
     Step {
         name: "testbed",

@@ -22,7 +22,7 @@ use report::Report;
 mod boot;
 mod cpio;
 mod initramfs;
-mod kernel;
+pub mod kernel;
 mod machine;
 mod report;
 

@@ -119,7 +119,7 @@ fn order_line((name, parameters): &(&str, &str)) -> String {
 }
 
 /// The name and version of the package behind `meta`, such as `linux-image-amd64`.
-fn candidate(meta: &str) -> Result<(String, String), Error> {
+pub fn candidate(meta: &str) -> Result<(String, String), Error> {
     let known = || {
         let shown =
             command::text(Command::new("apt-cache").args(["show", "--no-all-versions", meta]));
