@@ -347,11 +347,12 @@ void pvgpu_free(struct pvgpu *device)
 
 static int pvgpu_find_queues(struct pvgpu *device)
 {
-	unsigned int count = device->queue_count, index;
+	/* The last one is the event queue. */
+	unsigned int count = device->queue_count + 1, index;
 	struct virtqueue **rings = kcalloc(count, sizeof(*rings), GFP_KERNEL);
 	int error;
 
-	for (index = 0; index < count; index++) {
+	for (index = 0; index < device->queue_count; index++) {
 		spin_lock_init(&device->queues[index].lock);
 		init_waitqueue_head(&device->queues[index].room);
 	}
@@ -359,8 +360,8 @@ static int pvgpu_find_queues(struct pvgpu *device)
 	struct virtqueue_info *info = kcalloc(count, sizeof(*info), GFP_KERNEL);
 
 	for (index = 0; info && index < count; index++) {
-		info[index].name = "request";
-		info[index].callback = pvgpu_queue_used;
+		info[index].name = index < device->queue_count ? "request" : "event";
+		info[index].callback = index < device->queue_count ? pvgpu_queue_used : pvgpu_event_used;
 	}
 	error = rings && info ? virtio_find_vqs(device->virtio, count, rings, info, NULL) : -ENOMEM;
 	kfree(info);
@@ -369,16 +370,18 @@ static int pvgpu_find_queues(struct pvgpu *device)
 	vq_callback_t **callbacks = kcalloc(count, sizeof(*callbacks), GFP_KERNEL);
 
 	for (index = 0; names && callbacks && index < count; index++) {
-		names[index] = "request";
-		callbacks[index] = pvgpu_queue_used;
+		names[index] = index < device->queue_count ? "request" : "event";
+		callbacks[index] = index < device->queue_count ? pvgpu_queue_used : pvgpu_event_used;
 	}
 	error = rings && names && callbacks ?
 		virtio_find_vqs(device->virtio, count, rings, callbacks, names, NULL) : -ENOMEM;
 	kfree(names);
 	kfree(callbacks);
 #endif
-	for (index = 0; !error && index < count; index++)
+	for (index = 0; !error && index < device->queue_count; index++)
 		device->queues[index].ring = rings[index];
+	if (!error)
+		device->event_ring = rings[device->queue_count];
 	kfree(rings);
 	return error;
 }
@@ -412,6 +415,7 @@ static void pvgpu_stop(struct pvgpu *device)
 		spin_unlock_irq(&queue->lock);
 	}
 	device->virtio->config->del_vqs(device->virtio);
+	pvgpu_event_stop(device);
 }
 
 static int pvgpu_probe(struct virtio_device *virtio)
@@ -431,13 +435,18 @@ static int pvgpu_probe(struct virtio_device *virtio)
 		return -ENOMEM;
 	device->virtio = virtio;
 	virtio->priv = device;
-	device->queue_count = min_t(unsigned int, le16_to_cpu(config.request_queues), num_possible_cpus());
+	pvgpu_event_init(device);
+	/* All of them, since the event queue's number is the one after the last. */
+	device->queue_count = le16_to_cpu(config.request_queues);
 	device->queues = kcalloc(device->queue_count, sizeof(*device->queues), GFP_KERNEL);
 	error = device->queues ? pvgpu_find_queues(device) : -ENOMEM;
 	if (error)
 		goto free;
 	pvgpu_memory_find(device);
 	virtio_device_ready(virtio);
+	error = pvgpu_event_start(device);
+	if (error)
+		goto stop;
 	device->host = pvgpu_rust_connect(device, &device->identity, &error);
 	if (!device->host) {
 		dev_err(&virtio->dev, "the GPU does not answer as it should (%d): update the VMM or this module\n", error);
@@ -466,6 +475,7 @@ static void pvgpu_remove(struct virtio_device *virtio)
 	struct pvgpu *device = virtio->priv;
 
 	pvgpu_stop(device);
+	pvgpu_fence_forget_signaled(device);
 	pvgpu_node_remove(device);
 }
 
@@ -513,13 +523,20 @@ static int __init pvgpu_announce_mmio(void)
 
 static int __init pvgpu_init(void)
 {
-	int error = register_virtio_driver(&pvgpu_driver);
+	int error = pvgpu_fence_init();
 
-	if (!error && mmio) {
+	if (error)
+		return error;
+	error = register_virtio_driver(&pvgpu_driver);
+	if (error)
+		goto exit;
+	if (mmio)
 		error = pvgpu_announce_mmio();
-		if (error)
-			unregister_virtio_driver(&pvgpu_driver);
-	}
+	if (!error)
+		return 0;
+	unregister_virtio_driver(&pvgpu_driver);
+exit:
+	pvgpu_fence_exit();
 	return error;
 }
 
@@ -528,6 +545,7 @@ static void __exit pvgpu_exit(void)
 	if (mmio)
 		platform_device_unregister(mmio_device);
 	unregister_virtio_driver(&pvgpu_driver);
+	pvgpu_fence_exit();
 }
 
 module_init(pvgpu_init);

@@ -3,10 +3,10 @@
  * The DRM node: a device file whose every operation goes to the Rust half. The DRM core gives it its place in /dev/dri and in
  * sysfs, and keeps its files; it sees none of the ioctls.
  */
-#include <linux/anon_inodes.h>
-#include <linux/file.h>
 #include <linux/module.h>
+#include <linux/mutex.h>
 #include <linux/platform_device.h>
+#include <linux/poll.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
 #include <linux/version.h>
@@ -16,78 +16,56 @@
 
 /* A flag of the protocol (protocol/src/wire.rs). */
 #define PVGPU_OPEN_RDWR 2
-
-/* --- files of objects that an ioctl gave --- */
-
-static int pvgpu_object_mmap(struct file *filp, struct vm_area_struct *vma)
-{
-	return pvgpu_map(filp->private_data, vma);
-}
-
-static int pvgpu_object_release(struct inode *inode, struct file *filp)
-{
-	struct pvgpu_file *file = filp->private_data;
-
-	pvgpu_rust_close(file->device, file->device->host, file->object);
-	drm_dev_put(file->device->node);
-	kfree(file);
-	return 0;
-}
-
-static const struct file_operations pvgpu_object_operations = {
-	.owner = THIS_MODULE,
-	.mmap = pvgpu_object_mmap,
-	.release = pvgpu_object_release,
-	.llseek = noop_llseek,
-};
-
-int pvgpu_object_fd(struct pvgpu *device, int object, int descriptor)
-{
-	struct pvgpu_file *file = kzalloc(sizeof(*file), GFP_KERNEL);
-	int fd = -ENOMEM;
-
-	if (file) {
-		file->device = device;
-		file->object = object;
-		drm_dev_get(device->node);
-		fd = anon_inode_getfd("pvgpu", &pvgpu_object_operations, file, O_RDWR | O_CLOEXEC);
-		if (fd < 0) {
-			drm_dev_put(device->node);
-			kfree(file);
-		}
-	}
-	if (fd < 0)
-		pvgpu_rust_close(device, device->host, object);
-	return fd;
-}
+#define PVGPU_OPEN_NONBLOCK 04000
 
 /* --- the node --- */
+
+/* One open of the node. */
+struct pvgpu_opened {
+	struct pvgpu_file file;
+	wait_queue_head_t readable;	/* woken when the watch has happened */
+	struct mutex watch_start;
+	struct pvgpu_watch watch;
+};
+
+static void pvgpu_opened_happened(struct pvgpu_watch *watch, int result)
+{
+	wake_up_all(&container_of(watch, struct pvgpu_opened, watch)->readable);
+}
 
 static int pvgpu_open(struct drm_device *node, struct drm_file *drm_file)
 {
 	struct pvgpu *device = node->dev_private;
-	struct pvgpu_file *file = kzalloc(sizeof(*file), GFP_KERNEL);
+	struct pvgpu_opened *open = kzalloc(sizeof(*open), GFP_KERNEL);
+	int object;
 
-	if (!file)
+	if (!open)
 		return -ENOMEM;
-	file->device = device;
-	file->object = pvgpu_rust_open(device, device->host, PVGPU_OPEN_RDWR);
-	if (file->object < 0) {
-		int error = file->object;
-
-		kfree(file);
-		return error;
+	/* No request of the host's waits for a read: whether this file's reader does is decided here. */
+	object = pvgpu_rust_open(device, device->host, PVGPU_OPEN_RDWR | PVGPU_OPEN_NONBLOCK);
+	if (object < 0) {
+		kfree(open);
+		return object;
 	}
-	drm_file->driver_priv = file;
+	open->file.device = device;
+	open->file.object = object;
+	init_waitqueue_head(&open->readable);
+	mutex_init(&open->watch_start);
+	open->watch.happened = pvgpu_opened_happened;
+	drm_file->driver_priv = &open->file;
 	return 0;
 }
 
 static void pvgpu_close(struct drm_device *node, struct drm_file *drm_file)
 {
 	struct pvgpu_file *file = drm_file->driver_priv;
+	struct pvgpu_opened *open = container_of(file, struct pvgpu_opened, file);
 
+	pvgpu_watch_cancel(file->device, &open->watch);
 	pvgpu_rust_close(file->device, file->device->host, file->object);
-	kfree(file);
+	if (atomic_read(&node->open_count) == 1)
+		pvgpu_fence_forget_signaled(file->device);
+	kfree(open);
 }
 
 static struct pvgpu_file *pvgpu_file(struct file *filp)
@@ -114,35 +92,67 @@ static int pvgpu_mmap(struct file *filp, struct vm_area_struct *vma)
 	return pvgpu_map(pvgpu_file(filp), vma);
 }
 
+/* Whether there is something to read: events, or zero, and the waiters are woken when there is; or -errno. */
+static int pvgpu_readable(struct pvgpu_opened *open)
+{
+	int result = mutex_lock_interruptible(&open->watch_start);
+
+	if (result)
+		return result;
+	if (!pvgpu_watching(open->file.device, &open->watch))
+		result = pvgpu_watch(&open->file, &open->watch, POLLIN | POLLRDNORM);
+	mutex_unlock(&open->watch_start);
+	return result;
+}
+
+static __poll_t pvgpu_poll(struct file *filp, poll_table *table)
+{
+	struct pvgpu_opened *open = container_of(pvgpu_file(filp), struct pvgpu_opened, file);
+	int result;
+
+	poll_wait(filp, &open->readable, table);
+	result = pvgpu_readable(open);
+	/* The caller sees the signal itself. */
+	if (result == -EINTR || result == -ERESTARTSYS)
+		return 0;
+	if (result < 0)
+		return result == -ENODEV ? EPOLLERR | EPOLLHUP : EPOLLERR;
+	return demangle_poll(result);
+}
+
+static ssize_t pvgpu_read(struct file *filp, char __user *buffer, size_t length, loff_t *offset)
+{
+	struct pvgpu_file *file = pvgpu_file(filp);
+	struct pvgpu_opened *open = container_of(file, struct pvgpu_opened, file);
+	int result;
+
+	for (;;) {
+		result = pvgpu_rust_read(file->device, file->device->host, file->object, (u64)buffer, length);
+		if (result != -EAGAIN || filp->f_flags & O_NONBLOCK)
+			break;
+		result = pvgpu_readable(open);
+		if (!result)
+			result = wait_event_interruptible(open->readable,
+							  !pvgpu_watching(file->device, &open->watch));
+		if (result < 0)
+			break;
+	}
+	return result == -EINTR && signal_pending(current) ? -ERESTARTSYS : result;
+}
+
 static const struct file_operations pvgpu_node_operations = {
 	.owner = THIS_MODULE,
 	.open = drm_open,
 	.release = drm_release,
 	.unlocked_ioctl = pvgpu_ioctl,
 	.mmap = pvgpu_mmap,
+	.poll = pvgpu_poll,
+	.read = pvgpu_read,
 	.llseek = noop_llseek,
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 12, 0)
 	.fop_flags = FOP_UNSIGNED_OFFSET,
 #endif
 };
-
-int pvgpu_fd_object(struct pvgpu *device, int fd)
-{
-	struct file *filp = fget(fd);
-	struct pvgpu_file *file = NULL;
-	int object = -EBADF;
-
-	if (!filp)
-		return -EBADF;
-	if (filp->f_op == &pvgpu_node_operations)
-		file = pvgpu_file(filp);
-	else if (filp->f_op == &pvgpu_object_operations)
-		file = filp->private_data;
-	if (file && file->device == device)
-		object = file->object;
-	fput(filp);
-	return object;
-}
 
 /* The last file is closed and the device is gone. */
 static void pvgpu_node_release(struct drm_device *node)

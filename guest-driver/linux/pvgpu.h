@@ -1,12 +1,14 @@
 /* SPDX-License-Identifier: GPL-2.0 OR BSD-3-Clause */
 /*
- * What the two halves of the module are to each other. driver.c has the device and its queues, node.c the DRM node, memory.c its
- * mmap; the Rust half (src/) has the protocol, and knows what every operation means. src/kernel.rs and src/entry.rs repeat these declarations.
+ * What the two halves of the module are to each other. driver.c has the device and its queues, event.c its event queue, node.c
+ * the DRM node, memory.c its mmap, object.c, buffer.c and fence.c what ioctls give out as file descriptors; the Rust half (src/)
+ * has the protocol, and knows what every operation means. src/kernel.rs and src/entry.rs repeat these declarations.
  */
 #ifndef PVGPU_H
 #define PVGPU_H
 
 #include <linux/completion.h>
+#include <linux/hashtable.h>
 #include <linux/kref.h>
 #include <linux/llist.h>
 #include <linux/spinlock.h>
@@ -32,6 +34,26 @@ enum pvgpu_descriptor {
 	PVGPU_EVENTFD,
 };
 
+/* Something with an object of the session behind it: an open of the node, or a file descriptor that an ioctl gave. */
+struct pvgpu_file {
+	struct pvgpu *device;
+	int object;
+};
+
+/* An object that an ioctl gave. It is closed with its last reference. */
+struct pvgpu_object {
+	struct pvgpu_file file;
+	struct kref references;
+};
+
+/* Who wants to hear when an object is ready; zeroed at first. */
+struct pvgpu_watch {
+	struct hlist_node link;		/* in the device's watches, until it has happened */
+	u64 id;
+	/* With the device's watch_lock, maybe in an interrupt: events (zero when there are none yet), or -errno. */
+	void (*happened)(struct pvgpu_watch *watch, int result);
+};
+
 /* One request queue. */
 struct pvgpu_queue {
 	spinlock_t lock;	/* the virtqueue, all that follows, and the state of the messages in it */
@@ -50,12 +72,6 @@ enum pvgpu_patience {
 	PVGPU_SOON_ONLY,	/* none, but some seconds */
 };
 
-/* Something with an object of the session behind it: an open of the node, or a file descriptor that an ioctl gave. */
-struct pvgpu_file {
-	struct pvgpu *device;
-	int object;
-};
-
 /* One device. Freed when the node's last file is closed, which may be long after the device is gone. */
 struct pvgpu {
 	struct virtio_device *virtio;
@@ -68,6 +84,11 @@ struct pvgpu {
 	atomic64_t last_id;
 	unsigned int queue_count;
 	struct pvgpu_queue *queues;
+	spinlock_t watch_lock;		/* all that follows, and the fences */
+	struct virtqueue *event_ring;
+	struct pvgpu_event *events;
+	struct pvgpu_object *signaled;	/* some fence that is */
+	DECLARE_HASHTABLE(watches, 6);
 };
 
 /* One request with its response. */
@@ -94,6 +115,32 @@ int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma);
 bool pvgpu_gone(const struct pvgpu *device);
 void pvgpu_free(struct pvgpu *device);
 
+/* event.c: the queue with the device's life, and watches. */
+void pvgpu_event_init(struct pvgpu *device);
+int pvgpu_event_start(struct pvgpu *device);
+void pvgpu_event_used(struct virtqueue *ring);
+void pvgpu_event_stop(struct pvgpu *device);
+/* Events that are there, -errno, or zero: then the watch happens some time. Process context. */
+int pvgpu_watch(const struct pvgpu_file *file, struct pvgpu_watch *watch, u32 events);
+/* Whether it has not happened yet. */
+bool pvgpu_watching(struct pvgpu *device, struct pvgpu_watch *watch);
+/* It does not happen any more. Process context. */
+void pvgpu_watch_cancel(struct pvgpu *device, struct pvgpu_watch *watch);
+
+/* object.c. The last put sleeps. */
+struct pvgpu_object *pvgpu_object_get(struct pvgpu_object *object);
+void pvgpu_object_put(struct pvgpu_object *object);
+
+/* buffer.c and fence.c: the file of an object, which takes a reference; and a reference to the object of a file. */
+struct file *pvgpu_buffer_file(struct pvgpu_object *object, int access);
+struct pvgpu_object *pvgpu_buffer_object(struct pvgpu *device, int fd);
+struct file *pvgpu_fence_file(struct pvgpu_object *object);
+struct pvgpu_object *pvgpu_fence_object(struct pvgpu *device, int fd);
+/* Lets device->signaled go. */
+void pvgpu_fence_forget_signaled(struct pvgpu *device);
+int pvgpu_fence_init(void);
+void pvgpu_fence_exit(void);
+
 /* The Rust half: 0 or more, or -errno. Process context only. */
 struct pvgpu_host *pvgpu_rust_connect(struct pvgpu *device, struct pvgpu_identity *identity, int *error);
 int pvgpu_rust_open(struct pvgpu *device, const struct pvgpu_host *host, u32 flags);
@@ -102,6 +149,11 @@ int pvgpu_rust_ioctl(struct pvgpu *device, const struct pvgpu_host *host, int ob
 int pvgpu_rust_map(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 offset, u64 length,
 		   u32 protection, u64 *aperture_offset);
 int pvgpu_rust_unmap(struct pvgpu *device, const struct pvgpu_host *host, u64 aperture_offset, u64 length);
+int pvgpu_rust_read(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 address, u64 length);
+int pvgpu_rust_wait(struct pvgpu *device, const struct pvgpu_host *host, int object, u32 events);
+int pvgpu_rust_watch(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 id, u32 events);
+int pvgpu_rust_cancel(struct pvgpu *device, const struct pvgpu_host *host, u64 id);
+int pvgpu_rust_size(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 *size);
 
 /* What the Rust half calls; src/kernel.rs says what each does. */
 void pvgpu_print(const char *text, size_t length);
@@ -109,8 +161,8 @@ void pvgpu_bug(void);
 void *pvgpu_allocate(size_t length);
 int pvgpu_copy_from_user(void *target, u64 source, size_t length);
 int pvgpu_copy_to_user(u64 target, const void *source, size_t length);
-int pvgpu_fd_object(struct pvgpu *device, int fd);
-int pvgpu_object_fd(struct pvgpu *device, int object, int descriptor);
+int pvgpu_fd_object(struct pvgpu *device, int fd, int descriptor, struct pvgpu_object **object);
+int pvgpu_object_fd(struct pvgpu *device, int id, int descriptor, u32 flags);
 struct pvgpu_message *pvgpu_message_new(size_t request, size_t response);
 void *pvgpu_message_request(struct pvgpu_message *message);
 const void *pvgpu_message_response(const struct pvgpu_message *message);

@@ -45,11 +45,11 @@ impl Caller for Flat {
         Ok(())
     }
 
-    fn object(&self, fd: i32) -> Result<i32, Errno> {
+    fn object(&self, fd: i32, _: Descriptor) -> Result<i32, Errno> {
         Ok(fd)
     }
 
-    fn fd(&mut self, object: i32, _: Descriptor) -> Result<i32, Errno> {
+    fn fd(&mut self, object: i32, _: Descriptor, _: u32) -> Result<i32, Errno> {
         Ok(object)
     }
 }

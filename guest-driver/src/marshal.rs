@@ -16,11 +16,12 @@ pub trait Caller {
     /// Copies to the caller's memory; `EFAULT` where there is none.
     fn write(&mut self, address: u64, bytes: &[u8]) -> Result<(), Errno>;
 
-    /// The object behind one of the caller's file descriptors; `EBADF` when it is none of this session's.
-    fn object(&self, fd: i32) -> Result<i32, Errno>;
+    /// The object behind one of the caller's file descriptors, which is to be of that sort; what a host driver says when it
+    /// is not, or not of this session. The object stays until the call is over, whatever becomes of the descriptor.
+    fn object(&self, fd: i32, descriptor: Descriptor) -> Result<i32, Errno>;
 
-    /// Gives the caller a file descriptor of that sort for an object.
-    fn fd(&mut self, object: i32, descriptor: Descriptor) -> Result<i32, Errno>;
+    /// Gives the caller a file descriptor of that sort for an object, with those flags of `open(2)`.
+    fn fd(&mut self, object: i32, descriptor: Descriptor, flags: u32) -> Result<i32, Errno>;
 }
 
 /// A request's payload that is being gathered into a buffer.
@@ -93,8 +94,8 @@ fn encode_field<C: Caller + ?Sized>(
             let deadline = u64::try_from(value.cast_signed()).unwrap_or(0);
             deadline.saturating_sub(now_ns)
         }
-        Kind::Fd(direction, _) if direction.is_in() => {
-            let object = caller.object(signed(value))?;
+        &Kind::Fd(direction, descriptor, _) if direction.is_in() => {
+            let object = caller.object(signed(value), descriptor)?;
             u64::from(object.cast_unsigned())
         }
         _ => return Ok(()),
@@ -172,12 +173,16 @@ fn decode_struct<C: Caller + ?Sized>(
     }
     write(run)?;
     for field in structure.fields {
-        let Kind::Fd(Direction::Out | Direction::InOut, descriptor) = *field.kind(structure, bytes)
+        let Kind::Fd(Direction::Out | Direction::InOut, descriptor, flags) =
+            *field.kind(structure, bytes)
         else {
             continue;
         };
+        let flags = flags.map_or(CLOSE_ON_EXEC, |flags| {
+            signed(structure.read(bytes, flags)).cast_unsigned()
+        });
         let fd = match signed(field.read(bytes)) {
-            object if object > 0 => caller.fd(object, descriptor)?,
+            object if object > 0 => caller.fd(object, descriptor, flags)?,
             _ => -1,
         };
         if field.range().end <= bytes.len() {
@@ -186,6 +191,9 @@ fn decode_struct<C: Caller + ?Sized>(
     }
     Ok(())
 }
+
+/// `O_CLOEXEC`.
+const CLOSE_ON_EXEC: u32 = 0o2_000_000;
 
 /// A 32-bit field as a signed number.
 fn signed(value: u64) -> i32 {

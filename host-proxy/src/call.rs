@@ -241,7 +241,7 @@ impl Call {
             }
             // An older form of the struct has no place for it.
             Kind::Fd(..) if !inside => Err(Errno::EINVAL),
-            Kind::Fd(direction, _) => {
+            Kind::Fd(direction, ..) => {
                 let object = match direction.is_in() {
                     true => {
                         let id = i32::from_le_bytes(lower_half(value));

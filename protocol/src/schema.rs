@@ -138,8 +138,9 @@ pub enum Kind {
     },
     /// A handle that the call creates; after success the file owns it.
     NewHandle(Space),
-    /// A file descriptor (signed; an object id on the wire).
-    Fd(Direction, Descriptor),
+    /// A file descriptor (signed; an object id on the wire). A new one is close-on-exec, unless the field at this offset
+    /// has its `open(2)` flags.
+    Fd(Direction, Descriptor, Option<u16>),
     /// Absolute time of `CLOCK_MONOTONIC` in nanoseconds (signed). Travels as nanoseconds from now, since the two
     /// sides have different clocks; zero or less is already over.
     Deadline,
@@ -476,7 +477,12 @@ pub mod rule {
 
     /// [`Kind::Fd`].
     pub const fn fd(direction: Direction, descriptor: Descriptor) -> Rule {
-        always(Kind::Fd(direction, descriptor))
+        always(Kind::Fd(direction, descriptor, None))
+    }
+
+    /// [`Kind::Fd`] that comes out, open as the field at offset `flags` says.
+    pub const fn fd_with_flags(descriptor: Descriptor, flags: u16) -> Rule {
+        always(Kind::Fd(Direction::Out, descriptor, Some(flags)))
     }
 
     /// [`Kind::Pointer`] that must not be null when it has elements.

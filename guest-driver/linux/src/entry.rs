@@ -6,6 +6,7 @@ use crate::device::Call;
 use crate::kernel::{self, Device};
 use crate::process::Process;
 use core::ffi::{c_char, c_int};
+use pvgpu_guest_driver::marshal::Caller;
 use pvgpu_guest_driver::session::{Host, Mapping, ObjectId, Session};
 use pvgpu_protocol::Errno;
 
@@ -14,6 +15,11 @@ const IDS: u32 = 2;
 
 fn number(result: Result<c_int, Errno>) -> c_int {
     result.unwrap_or_else(|errno| -errno.number())
+}
+
+/// Events as a result, of which the sign says that it is none.
+fn positive(events: u32) -> c_int {
+    (events & c_int::MAX.cast_unsigned()).cast_signed()
 }
 
 /// The session of one call. As on the kernel's own nodes, no signal but one that kills interrupts other calls than ioctls.
@@ -172,4 +178,103 @@ pub unsafe extern "C" fn pvgpu_rust_unmap(
         length,
     };
     number(session.unmap(mapping).map(|()| 0))
+}
+
+/// Bytes of the kernel's stack for one read.
+const READ_ROOM: usize = 512;
+
+/// Reads from a file to `address` in the calling process: at most `length` bytes, `-EAGAIN` when there is nothing.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_read(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+    address: u64,
+    length: u64,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let (mut session, mut process) =
+        unsafe { (session(device, host, true), Process::current(device)) };
+    let mut room = [0; READ_ROOM];
+    let length = usize::try_from(length).map_or(READ_ROOM, |length| length.min(READ_ROOM));
+    number((|| {
+        let length = session.read(ObjectId(object), &mut room[..length])?;
+        process.write(address, &room[..length])?;
+        c_int::try_from(length).map_err(|_| Errno::EPROTO)
+    })())
+}
+
+/// Waits until one of `events` (`POLLIN` and the like) is there; gives what is.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_wait(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+    events: u32,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host, true) };
+    number(session.poll(ObjectId(object), events, -1).map(positive))
+}
+
+/// Gives those of `events` that are there; with none, the event queue has an event with this id later.
+///
+/// # Safety
+///
+/// As for `session`; `id` must be of `pvgpu_take_ids`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_watch(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+    id: u64,
+    events: u32,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host, false) };
+    number(session.watch(id, ObjectId(object), events).map(positive))
+}
+
+/// Cancels a request that waits.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_cancel(
+    device: *mut Device,
+    host: *const Host,
+    id: u64,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host, false) };
+    number(session.cancel(id).map(|()| 0))
+}
+
+/// Gives the size of an object in bytes in `size`.
+///
+/// # Safety
+///
+/// As for `session`; `size` is written.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_size(
+    device: *mut Device,
+    host: *const Host,
+    object: c_int,
+    size: &mut u64,
+) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host, false) };
+    number(session.size(ObjectId(object)).map(|bytes| {
+        *size = bytes;
+        0
+    }))
 }

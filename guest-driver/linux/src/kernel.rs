@@ -29,6 +29,12 @@ pub enum Patience {
     SoonOnly,
 }
 
+/// `struct pvgpu_object`: an object that an ioctl gave.
+#[repr(C)]
+pub struct Object {
+    _opaque: [u8; 0],
+}
+
 /// `struct pvgpu_message`: one request with its response.
 #[repr(C)]
 pub struct Message {
@@ -46,11 +52,24 @@ unsafe extern "C" {
     pub fn pvgpu_copy_from_user(target: *mut u8, source: u64, length: usize) -> c_int;
     /// Copies to the calling process; 0 or `-EFAULT`.
     pub fn pvgpu_copy_to_user(target: u64, source: *const u8, length: usize) -> c_int;
-    /// The object behind a file descriptor of the calling process, or `-EBADF`.
-    pub fn pvgpu_fd_object(device: *mut Device, fd: c_int) -> c_int;
-    /// A new file descriptor for an object of that sort (`enum pvgpu_descriptor`), or `-errno`; the object is then closed with the
-    /// file, or already.
-    pub fn pvgpu_object_fd(device: *mut Device, object: c_int, descriptor: c_int) -> c_int;
+    /// The object behind a file descriptor of the calling process, which is to be of that sort (`enum pvgpu_descriptor`), and
+    /// a reference to it in `object`; or `-errno`. May wait.
+    pub fn pvgpu_fd_object(
+        device: *mut Device,
+        fd: c_int,
+        descriptor: c_int,
+        object: *mut *mut Object,
+    ) -> c_int;
+    /// Gives a reference back; the last one closes the object.
+    pub fn pvgpu_object_put(object: *mut Object);
+    /// A new file descriptor of that sort for an object, with flags of `open(2)`, or `-errno`; the object is then closed with
+    /// the file, or already.
+    pub fn pvgpu_object_fd(
+        device: *mut Device,
+        object: c_int,
+        descriptor: c_int,
+        flags: u32,
+    ) -> c_int;
     /// The request queue of this processor.
     pub fn pvgpu_queue_here(device: *mut Device) -> *mut Queue;
     /// Rings the queue's doorbell if it has something that the device was not told of.

@@ -130,7 +130,7 @@ uapi_struct! {
         /// Flags ([`prime`]).
         flags: u32 = [flags((prime::CLOEXEC | prime::RDWR) as u64)],
         /// The dma-buf.
-        fd: i32 = [fd(Direction::Out, Descriptor::DmaBuf)],
+        fd: i32 = [fd_with_flags(Descriptor::DmaBuf, at!(flags))],
     }
 }
 

@@ -135,7 +135,7 @@ mod tests {
                 for rule in creates {
                     if matches!(
                         rule.kind,
-                        Kind::NewHandle(_) | Kind::Fd(crate::schema::Direction::Out, _)
+                        Kind::NewHandle(_) | Kind::Fd(crate::schema::Direction::Out, ..)
                     ) {
                         faults.push(format!(
                             "{}: gives something out that it never writes back",

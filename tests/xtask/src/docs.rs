@@ -295,9 +295,13 @@ fn meaning(structure: &Struct, field: &str, kind: &Kind) -> String {
             )
         }
         Kind::NewHandle(of) => format!("output: new {}", space(of)),
-        Kind::Fd(Direction::In, of) => format!("{} fd", descriptor(of)),
-        Kind::Fd(Direction::Out, of) => format!("output: new {} fd", descriptor(of)),
-        Kind::Fd(Direction::InOut, of) => {
+        Kind::Fd(Direction::In, of, _) => format!("{} fd", descriptor(of)),
+        Kind::Fd(Direction::Out, of, None) => format!("output: new {} fd", descriptor(of)),
+        Kind::Fd(Direction::Out, of, Some(flags)) => {
+            let flags = name(structure, flags);
+            format!("output: new {} fd, open as {flags} says", descriptor(of))
+        }
+        Kind::Fd(Direction::InOut, of, _) => {
             format!("{0} fd; then output: new {0} fd", descriptor(of))
         }
         Kind::Deadline => "point in time (`CLOCK_MONOTONIC`, nanoseconds)".into(),
