@@ -12,7 +12,7 @@
 //! use pvgpu_host_proxy::drm::DrmDriver;
 //! use std::sync::Arc;
 //! use virtio_queue::Queue;
-//! use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+//! use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 //! use vmm_sys_util::eventfd::EventFd;
 //!
 //! /// The device's interrupt line: here an eventfd that is an irqfd of the VM.

@@ -4,6 +4,7 @@
 //! proxy's own threads, as they do behind a virtqueue.
 
 use pvgpu_guest_driver::channel::{Channel, Slot};
+use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::session::{Pending, Response, Session};
 use pvgpu_host_proxy::{Errno, Limits};
@@ -39,11 +40,15 @@ impl Loopback {
         Self::with_events(session, channel().1)
     }
 
-    /// A channel to a new session without an aperture, that reports events.
-    pub fn watching(driver: Arc<dyn HostDriver>, limits: Limits) -> Self {
+    /// A channel to a new session that reports events.
+    pub fn watching(
+        driver: Arc<dyn HostDriver>,
+        aperture: Option<Arc<Aperture>>,
+        limits: Limits,
+    ) -> Self {
         let (report, events) = channel();
         let report = move |event| report.send(event).unwrap_or(());
-        let session = Session::with_report(driver, None, limits, Arc::new(report));
+        let session = Session::with_report(driver, aperture, limits, Arc::new(report));
         Self::with_events(session, events)
     }
 

@@ -13,7 +13,6 @@ use pvgpu_guest_driver::session::{Mapping, ObjectId, Session};
 use pvgpu_host_proxy::Limits;
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::driver::HostDriver;
-use pvgpu_host_proxy::session::Session as HostSession;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::wire::{open, protection};
 use pvgpu_scenarios::DeviceFile;
@@ -40,14 +39,37 @@ impl LoopbackFile {
     /// A new guest of that host driver, with one file.
     pub fn open(driver: Arc<dyn HostDriver>) -> io::Result<Self> {
         let aperture = Arc::new(Aperture::new(APERTURE)?);
-        let host = HostSession::new(driver, Some(Arc::clone(&aperture)), Limits::default());
-        let session =
-            Session::connect(Loopback::new(host), "loopback").map_err(io::Error::other)?;
+        let channel = Loopback::watching(driver, Some(Arc::clone(&aperture)), Limits::default());
+        let session = Session::connect(channel, "loopback").map_err(io::Error::other)?;
         let guest = Rc::new(Guest {
             session: RefCell::new(session),
             aperture,
         });
         Self::open_in(&guest).map_err(io::Error::other)
+    }
+
+    /// The events that are there of what a file descriptor stands for; if there are none, [`LoopbackFile::event`] gives
+    /// them later, with this id.
+    pub fn watch(&self, id: u64, fd: i32, events: u32) -> Result<u32, Errno> {
+        let mut session = self.guest.session.borrow_mut();
+        session.watch(id, ObjectId(fd), events)
+    }
+
+    /// Ends a watch.
+    pub fn cancel(&self, id: u64) -> Result<(), Errno> {
+        self.guest.session.borrow_mut().cancel(id)
+    }
+
+    /// Waits for the next event: its id, and what is there.
+    pub fn event(&self) -> (u64, u32) {
+        let event = self.guest.session.borrow_mut().channel().event().event();
+        (event.id.get(), event.events.get())
+    }
+
+    /// Whether an event has come already.
+    pub fn has_event(&self) -> bool {
+        let mut session = self.guest.session.borrow_mut();
+        session.channel().event_now().is_some()
     }
 
     fn open_in(guest: &Rc<Guest>) -> Result<Self, Errno> {

@@ -591,7 +591,7 @@ impl Watcher {
     fn with_limits(limits: Limits) -> Self {
         let driver = GateDriver::default();
         let gate = driver.gate();
-        let channel = Loopback::watching(Arc::new(driver), limits);
+        let channel = Loopback::watching(Arc::new(driver), None, limits);
         let mut session = Session::connect(channel, "watcher").unwrap();
         let file = session.open(open::RDWR).unwrap();
         Self {
@@ -754,7 +754,7 @@ fn a_watched_fence_of_the_embedded_gpu_is_reported_when_the_work_ends() {
         ..SoftConfig::default()
     };
     let driver = Arc::new(SoftDriver::new(config).unwrap());
-    let channel = Loopback::watching(driver, Limits::default());
+    let channel = Loopback::watching(driver, None, Limits::default());
     let mut session = Session::connect(channel, "watcher").unwrap();
     let file = session.open(open::RDWR).unwrap();
     #[allow(unsafe_code)]

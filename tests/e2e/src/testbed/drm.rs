@@ -6,6 +6,7 @@
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind as Node, Mapping, export_sync_file, find};
 use crate::ensure;
+use crate::loopback_file::LoopbackFile;
 use pvgpu_host_proxy::call::{Call, Owned};
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject};
@@ -15,6 +16,7 @@ use pvgpu_protocol::family::{self, core, vgem, virtio_gpu};
 use pvgpu_protocol::layout::{PRESENT, align};
 use pvgpu_protocol::schema::{Element, Ioctl, Kind, Space, Struct, command};
 use pvgpu_protocol::wire::open;
+use pvgpu_scenarios::DeviceFile;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::sync::mpsc;
@@ -50,6 +52,14 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "drm_driver_ends_a_poll_of_a_busy_buffer_when_it_is_cancelled",
         run: cancelled_poll,
+    },
+    Test {
+        name: "a_watch_of_a_busy_buffer_is_reported_when_its_fence_is_signaled_or_it_is_cancelled",
+        run: watched_buffer,
+    },
+    Test {
+        name: "a_watch_of_a_submissions_fence_is_reported_when_the_gpu_is_done",
+        run: watched_submission,
     },
     Test {
         name: "drm_driver_waits_for_synchronization_objects_where_the_kernel_has_them",
@@ -482,6 +492,87 @@ fn cancelled_poll() -> Result<(), Failure> {
     signal(&file, fence)?;
     let ready = dma_buf.poll(IN, Some(Duration::from_secs(5)), &Cancel::new());
     ensure!(ready == Ok(IN), "with its fence signaled it says {ready:?}");
+    Ok(())
+}
+
+fn watched_buffer() -> Result<(), Failure> {
+    const IN: u32 = 1;
+    let before = descriptors()?;
+    {
+        let path = find("vgem", Node::Card)?.path;
+        let mut file = LoopbackFile::open(Arc::new(DrmDriver::new(path)?))?;
+        let mut dumb = vgem::CreateDumb {
+            width: 64,
+            height: 16,
+            bpp: 32,
+            ..Default::default()
+        };
+        file.ioctl(vgem::CREATE_DUMB, &mut dumb)?;
+        let mut export = core::PrimeHandleToFd {
+            handle: dumb.handle,
+            ..Default::default()
+        };
+        file.ioctl(core::PRIME_HANDLE_TO_FD, &mut export)?;
+        let mut attach = vgem::FenceAttach {
+            handle: dumb.handle,
+            flags: vgem::FENCE_WRITE,
+            ..Default::default()
+        };
+        file.ioctl(vgem::FENCE_ATTACH, &mut attach)?;
+        for id in [1 << 40, 2 << 40, 3 << 40] {
+            let ready = file.watch(id, export.fd, IN)?;
+            ensure!(ready == 0, "a busy buffer is ready: {ready:#x}");
+        }
+        file.cancel(2 << 40)?;
+        let event = file.event();
+        ensure!(event == (2 << 40, 0), "the cancelled watch says {event:x?}");
+        file.close_fd(export.fd)?;
+        thread::sleep(Duration::from_millis(50));
+        ensure!(!file.has_event(), "an event before the fence is signaled");
+        let mut signal = vgem::FenceSignal {
+            fence: attach.out_fence,
+            ..Default::default()
+        };
+        file.ioctl(vgem::FENCE_SIGNAL, &mut signal)?;
+        let mut events = [file.event(), file.event()];
+        events.sort_unstable();
+        let expected = [(1 << 40, IN), (3 << 40, IN)];
+        ensure!(events == expected, "the events are {events:x?}");
+        ensure!(!file.has_event(), "one event too many");
+        // What is still watched goes with the session.
+        file.ioctl(core::PRIME_HANDLE_TO_FD, &mut export)?;
+        file.ioctl(vgem::FENCE_ATTACH, &mut attach)?;
+        let ready = file.watch(1 << 40, export.fd, IN)?;
+        ensure!(ready == 0, "a buffer that is busy again is ready");
+    }
+    let after = descriptors()?;
+    ensure!(
+        after == before,
+        "{before} descriptors before, {after} after"
+    );
+    Ok(())
+}
+
+fn watched_submission() -> Result<(), Failure> {
+    const IN: u32 = 1;
+    let path = find("virtio_gpu", Node::Render)?.path;
+    let mut file = LoopbackFile::open(Arc::new(DrmDriver::new(path)?))?;
+    for id in 1..=20 {
+        let mut submit = virtio_gpu::Execbuffer {
+            flags: virtio_gpu::exec::FENCE_FD_OUT,
+            size: 8,
+            command: COMMANDS.as_ptr().expose_provenance() as u64,
+            ..Default::default()
+        };
+        file.ioctl(virtio_gpu::EXECBUFFER, &mut submit)?;
+        let ready = file.watch(id << 40, submit.fence_fd, IN)?;
+        let event = match ready {
+            0 => file.event(),
+            ready => (id << 40, ready),
+        };
+        ensure!(event == (id << 40, IN), "submission {id} says {event:x?}");
+        file.close_fd(submit.fence_fd)?;
+    }
     Ok(())
 }
 
