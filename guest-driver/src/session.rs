@@ -189,7 +189,7 @@ impl<C: Channel> Session<C> {
         address: u64,
         caller: &M,
     ) -> Result<PendingIoctl, Errno> {
-        let ioctl = family::find(self.host.families, command).ok_or(Errno::ENOTTY)?;
+        let ioctl = family::find(self.host.families, command)?;
         let size = ioctl.accept(command)?;
         let now = self.channel.now_ns();
         let (mut request, mut response) = (IOCTL_ROOM, IOCTL_ROOM);

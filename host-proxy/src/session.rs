@@ -623,7 +623,7 @@ impl Shared {
         let Object::File(file) = self.object(object)? else {
             return Err(Errno::ENOTTY);
         };
-        let ioctl = family::find(self.driver.families(), command).ok_or(Errno::ENOTTY)?;
+        let ioctl = family::find(self.driver.families(), command)?;
         let owned = OwnedBy {
             session: self,
             file: &file,

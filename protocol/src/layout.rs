@@ -216,7 +216,7 @@ fn extend(total: &mut usize, length: usize) -> Result<usize, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schema::{Allocates, Blocking, Direction, command, rule::*};
+    use crate::schema::{Allocates, Answer, Blocking, Direction, command, rule::*};
     use crate::{at, uapi_struct};
     use std::vec::Vec;
 
@@ -244,6 +244,7 @@ mod tests {
         older_sizes: &[16],
         blocking: Blocking::Never,
         allocates: Allocates::Nothing,
+        answer: Answer::Forwarded,
         summary: "",
     };
 

@@ -23,6 +23,8 @@ pub struct Ioctl {
     pub blocking: Blocking,
     /// The GPU memory it allocates.
     pub allocates: Allocates,
+    /// Who answers it.
+    pub answer: Answer,
     /// What it does, in one line.
     pub summary: &'static str,
 }
@@ -38,6 +40,20 @@ pub enum Blocking {
     When(Condition),
     /// It may wait unless all of the conditions hold.
     Unless(&'static [Condition]),
+}
+
+/// Who answers an ioctl: the host driver each time, or the guest driver, which knows the answer already.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Answer {
+    /// The host driver, each time.
+    Forwarded,
+    /// The host driver once. When it succeeds, its answer holds for the same input for as long as the session lasts,
+    /// whatever file asks. The input is all that goes in, so too the contents of arrays that go both ways.
+    Constant,
+    /// As [`Answer::Constant`], but each time if the condition holds.
+    ConstantUnless(Condition),
+    /// The guest driver, from what the hello says of the host driver.
+    Identity,
 }
 
 /// The GPU memory that an ioctl allocates, for the guest's memory limit. The first new handle of the call holds it.
@@ -271,7 +287,8 @@ pub mod command {
     pub const READ: u32 = 2 << 30;
     /// Largest argument that a command number can name (14 bits).
     pub const SIZE_MAX: u16 = (1 << 14) - 1;
-    const TYPE: u32 = (b'd' as u32) << 8;
+    /// Bits 8 to 15: the type of every DRM ioctl.
+    pub const TYPE: u32 = (b'd' as u32) << 8;
 
     const fn sized<T>(direction: u32, number: u8) -> u32 {
         assert!(size_of::<T>() <= SIZE_MAX as usize);
@@ -332,6 +349,15 @@ impl Ioctl {
             Blocking::Unless(conditions) => !conditions
                 .iter()
                 .all(|condition| condition.holds(self.argument, argument)),
+        }
+    }
+
+    /// Whether the answer to a call with this argument, once it has succeeded, holds for the rest of the session.
+    pub fn is_constant(&self, argument: &[u8]) -> bool {
+        match self.answer {
+            Answer::Forwarded | Answer::Identity => false,
+            Answer::Constant => true,
+            Answer::ConstantUnless(condition) => !condition.holds(self.argument, argument),
         }
     }
 

@@ -369,44 +369,84 @@ fn the_older_forms_are_those_of_linux_6_1() {
     OLDER.check();
 }
 
-/// Ioctls that a header defines, by a prefix of their names.
-fn defined(header: &Path, prefix: &str) -> BTreeSet<String> {
+/// Names of the ioctls that a header defines.
+fn defined(header: &Path) -> BTreeSet<String> {
     let text = fs::read_to_string(header).unwrap();
     let names = text
         .lines()
         .filter_map(|line| line.strip_prefix("#define ")?.split_whitespace().next());
     names
-        .filter(|name| name.starts_with(prefix))
+        // The base is their type, not one of them.
+        .filter(|name| name.starts_with("DRM_IOCTL_") && *name != "DRM_IOCTL_BASE")
         .map(str::to_owned)
         .collect()
 }
 
+/// Names that a family with a header has, and numbers of those that it refuses.
+fn spoken(family: &Family) -> (BTreeSet<String>, BTreeSet<String>) {
+    let ioctls = family.ioctls.iter().map(|ioctl| ioctl.name.to_owned());
+    let refused = family.refused.iter().map(|row| row.name.to_owned());
+    (ioctls.collect(), refused.collect())
+}
+
 #[test]
-fn no_ioctl_of_the_drivers_headers_is_left_out() {
+fn the_ioctls_of_each_header_are_those_with_a_schema_and_those_that_are_refused() {
     let root = NEWEST.headers();
-    let known: BTreeSet<_> = families()
-        .flat_map(|family| family.ioctls)
-        .map(|ioctl| ioctl.name)
-        .collect();
-    for (header, prefix) in [
-        ("drm/drm.h", "DRM_IOCTL_SYNCOBJ_"),
-        ("drm/drm.h", "DRM_IOCTL_PRIME_"),
-        ("drm/vgem_drm.h", "DRM_IOCTL_"),
-        ("drm/virtgpu_drm.h", "DRM_IOCTL_"),
-    ] {
-        let defined = defined(&root.join(header), prefix);
-        assert!(!defined.is_empty(), "{header} defines no {prefix}*");
-        for name in defined {
-            assert!(
-                known.contains(name.as_str()),
-                "{header} has {name}, which has no schema"
-            );
+    for family in families() {
+        let (known, refused) = spoken(family);
+        let mut all: BTreeSet<_> = known.union(&refused).cloned().collect();
+        // A driver's table may use what the core's header defines: that is refused to the other drivers.
+        if family.name != core::FAMILY.name {
+            let (_, shared) = spoken(&core::FAMILY);
+            all.retain(|name| !shared.contains(name));
         }
+        assert!(!all.is_empty(), "{} has no ioctl", family.header);
+        assert_eq!(all, defined(&root.join(family.header)), "{}", family.header);
+    }
+}
+
+#[test]
+fn the_ioctls_of_an_older_header_are_the_same_but_for_the_later_ones() {
+    const LATER: &[&str] = &["DRM_IOCTL_MODE_CLOSEFB", "DRM_IOCTL_SYNCOBJ_EVENTFD"];
+    let (newest, older) = (NEWEST.headers(), OLDER.headers());
+    for family in families() {
+        let mut expected = defined(&newest.join(family.header));
+        expected.retain(|name| !LATER.contains(&name.as_str()));
+        assert_eq!(
+            defined(&older.join(family.header)),
+            expected,
+            "{}",
+            family.header
+        );
+    }
+}
+
+#[test]
+fn refused_ioctls_have_the_numbers_of_the_headers() {
+    for kernel in [NEWEST, OLDER] {
+        let root = kernel.headers();
+        let mut source = String::from("#define __user\n#include <stddef.h>\n");
+        for family in families() {
+            let header = root.join(family.header);
+            let _ = writeln!(source, "#include \"{}\"", header.display());
+            let there = defined(&header);
+            for row in family.refused.iter().filter(|row| there.contains(row.name)) {
+                let number = format!("({} & 0xffff)", row.name);
+                equal(
+                    &mut source,
+                    &number,
+                    u64::from(command::TYPE) | u64::from(row.number),
+                );
+            }
+        }
+        let checks = source.matches("_Static_assert").count();
+        assert!(checks > 80, "only {checks} checks");
+        assert_eq!(compile(&source), Ok(()), "Linux {}", kernel.version);
     }
 }
 
 mod wrong {
-    use pvgpu_protocol::schema::{Allocates, Blocking, Ioctl, command, rule::*};
+    use pvgpu_protocol::schema::{Allocates, Answer, Blocking, Ioctl, command, rule::*};
     use pvgpu_protocol::uapi_struct;
 
     uapi_struct! {
@@ -436,6 +476,7 @@ mod wrong {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "",
         }
     }

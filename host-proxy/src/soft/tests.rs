@@ -122,7 +122,7 @@ impl Client {
     where
         T: FromBytes + IntoBytes + Immutable,
     {
-        let schema = find(of_driver("soft"), command).ok_or(Errno::ENOTTY)?;
+        let schema = find(of_driver("soft"), command)?;
         let mut gather = Gather {
             bytes: argument.as_bytes().to_vec(),
             arrays,

@@ -2,14 +2,14 @@
 //!
 //! Only what a render node allows and clients of one use: identity, capabilities, GEM handles, PRIME and
 //! synchronization objects. The errno of an unknown handle is the kernel's (`drm_gem.c`, `drm_prime.c`,
-//! `drm_syncobj.c`). Never add legacy DRM1 or mode-setting calls here.
+//! `drm_syncobj.c`). Never add legacy DRM1 or mode-setting calls here: [`super::refused`] has those.
 
 #![allow(clippy::cast_possible_truncation)] // offsets in structs of a few bytes
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space, command,
-    rule::*,
+    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space,
+    command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 
@@ -387,6 +387,7 @@ pub const SYNCOBJ_EVENTFD: u32 = command::iowr::<SyncobjEventfd>(0xcf);
 pub static FAMILY: Family = Family {
     name: "drm",
     header: "drm/drm.h",
+    refused: super::refused::CORE,
     ioctls: &[
         Ioctl {
             name: "DRM_IOCTL_VERSION",
@@ -395,6 +396,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Identity,
             summary: "Name, version, date and description of the driver.",
         },
         Ioctl {
@@ -404,6 +406,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Gives a buffer's handle back; the memory lives on while it is mapped, exported or in use.",
         },
         Ioctl {
@@ -413,6 +416,8 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            // All say what the driver and its display hardware can do, not what they do now.
+            answer: Answer::Constant,
             summary: "Value of one capability of the driver.",
         },
         Ioctl {
@@ -422,6 +427,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Tells what the client understands; about mode setting only, so render nodes refuse it.",
         },
         Ioctl {
@@ -431,6 +437,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Exports a buffer as a dma-buf.",
         },
         Ioctl {
@@ -440,6 +447,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Imports a dma-buf; the same buffer gives the same handle again.",
         },
         Ioctl {
@@ -449,6 +457,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Makes a synchronization object.",
         },
         Ioctl {
@@ -458,6 +467,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Gives a synchronization object back.",
         },
         Ioctl {
@@ -467,6 +477,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Exports a synchronization object, or its fence as a sync file.",
         },
         Ioctl {
@@ -476,6 +487,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Imports a synchronization object, or a sync file's fence into one.",
         },
         Ioctl {
@@ -489,6 +501,7 @@ pub static FAMILY: Family = Family {
                 equals: 0,
             }]),
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Waits until one or all of some synchronization objects are signaled.",
         },
         Ioctl {
@@ -498,6 +511,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Takes the fences out of synchronization objects.",
         },
         Ioctl {
@@ -507,6 +521,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Signals synchronization objects.",
         },
         Ioctl {
@@ -520,6 +535,7 @@ pub static FAMILY: Family = Family {
                 equals: 0,
             }]),
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Waits until one or all of some points of timelines are signaled or at least submitted.",
         },
         Ioctl {
@@ -529,6 +545,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Points that timelines have reached.",
         },
         Ioctl {
@@ -542,6 +559,7 @@ pub static FAMILY: Family = Family {
                 equals: syncobj::WAIT_FOR_SUBMIT as u64,
             }),
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Attaches the fence of one synchronization object to a point of another.",
         },
         Ioctl {
@@ -551,6 +569,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Signals points of timelines.",
         },
         Ioctl {
@@ -560,6 +579,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Signals an eventfd of the session when a synchronization object is signaled.",
         },
     ],

@@ -1,11 +1,14 @@
 //! The tables: one file per host GPU family, and which of them a host driver speaks.
 
 pub mod core;
+pub mod refused;
 pub mod soft;
 pub mod vgem;
 pub mod virtio_gpu;
 
-use crate::schema::Ioctl;
+use crate::Errno;
+use crate::schema::{Ioctl, command};
+use refused::Refused;
 
 /// The ioctls of one header.
 #[derive(Debug)]
@@ -16,16 +19,28 @@ pub struct Family {
     pub header: &'static str,
     /// Its ioctls in order of their numbers.
     pub ioctls: &'static [Ioctl],
+    /// The ioctls of that header that no guest may use, in order of their numbers.
+    pub refused: &'static [Refused],
 }
 
-/// The ioctls of `family` and of the families behind it, by command number.
+/// The ioctl among those of `families` that has the command's type and number.
 ///
-/// `None` when no ioctl has the command's type and number.
-pub fn find(families: &[&'static Family], command: u32) -> Option<&'static Ioctl> {
-    families
-        .iter()
-        .flat_map(|family| family.ioctls)
+/// What there is none of gets the errno of a kernel's render node (`drm_ioctl.c`): `ENOTTY` when it is no ioctl of DRM's
+/// type, that of its row when it is [refused](Refused), otherwise `EINVAL`.
+pub fn find(families: &[&'static Family], command: u32) -> Result<&'static Ioctl, Errno> {
+    let ioctls = families.iter().flat_map(|family| family.ioctls);
+    let refused = families.iter().flat_map(|family| family.refused);
+    match ioctls
+        .into_iter()
         .find(|ioctl| (ioctl.command ^ command) & 0xffff == 0)
+    {
+        Some(ioctl) => Ok(ioctl),
+        None if command & 0xff00 != command::TYPE => Err(Errno::ENOTTY),
+        None => Err(refused
+            .into_iter()
+            .find(|row| u32::from(row.number) == command & 0xff)
+            .map_or(Errno::EINVAL, |row| row.errno)),
+    }
 }
 
 /// All families.
@@ -49,7 +64,7 @@ pub fn of_driver(name: &str) -> &'static [&'static Family] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schema::{Allocates, Blocking, Condition, Count, Element, Kind, Struct, command};
+    use crate::schema::{Allocates, Answer, Blocking, Condition, Count, Element, Kind, Struct};
     use crate::{at, uapi_struct};
     use std::collections::BTreeSet;
     use std::format;
@@ -102,6 +117,17 @@ mod tests {
             for condition in conditions {
                 faults.extend(condition_faults(ioctl.name, ioctl.argument, condition));
             }
+            if let Answer::ConstantUnless(condition) = &ioctl.answer {
+                faults.extend(condition_faults(ioctl.name, ioctl.argument, condition));
+            }
+            if ioctl.answer != Answer::Forwarded
+                && (ioctl.allocates != Allocates::Nothing || changes_a_file(ioctl.argument))
+            {
+                faults.push(format!(
+                    "{}: a constant answer cannot make or use what a file owns",
+                    ioctl.name
+                ));
+            }
             let sizes: &[u16] = match &ioctl.allocates {
                 Allocates::Nothing => &[],
                 Allocates::Bytes(bytes) => &[*bytes],
@@ -146,6 +172,24 @@ mod tests {
             }
         }
         faults
+    }
+
+    /// Whether handles, file descriptors or points in time go in or out.
+    fn changes_a_file(structure: &Struct) -> bool {
+        let mut kinds = structure
+            .fields
+            .iter()
+            .flat_map(|field| field.rules)
+            .map(|rule| rule.kind);
+        kinds.any(|kind| match kind {
+            Kind::Value | Kind::Output | Kind::Zero | Kind::Flags(_) | Kind::OneOf(_) => false,
+            Kind::Pointer(pointer) => match pointer.element {
+                Element::Bytes(_) => false,
+                Element::Handles { .. } => true,
+                Element::Struct(inner) => changes_a_file(inner),
+            },
+            _ => true,
+        })
     }
 
     /// The size of the integer field at that offset.
@@ -307,8 +351,63 @@ mod tests {
         let found = find(families, older).unwrap();
         assert_eq!(found.name, "DRM_IOCTL_VIRTGPU_EXECBUFFER");
         assert_eq!(found.accept(older), Ok(32));
-        assert!(find(families, vgem::CREATE_DUMB).is_none());
-        assert!(find(families, virtio_gpu::MAP ^ 0x100).is_none());
+    }
+
+    #[test]
+    fn what_a_guest_may_not_use_gets_the_errno_of_a_render_node() {
+        let error = |driver, command| find(of_driver(driver), command).err();
+        assert_eq!(error("vgem", vgem::CREATE_DUMB), None);
+        assert_eq!(error("virtio_gpu", vgem::CREATE_DUMB), Some(Errno::EACCES));
+        let (legacy, unknown) = (command::iow::<u32>(0x14), command::iowr::<u32>(0x9f));
+        for driver in ["soft", "vgem", "virtio_gpu"] {
+            assert_eq!(error(driver, legacy), Some(Errno::EINVAL), "{driver}");
+            assert_eq!(error(driver, unknown), Some(Errno::EINVAL), "{driver}");
+            let other_type = core::VERSION ^ 0x100;
+            assert_eq!(error(driver, other_type), Some(Errno::ENOTTY), "{driver}");
+        }
+    }
+
+    #[test]
+    fn refused_ioctls_are_in_order_and_say_why() {
+        for family in ALL {
+            let numbers: Vec<_> = family.refused.iter().map(|row| row.number).collect();
+            assert!(numbers.is_sorted_by(|a, b| a < b), "{}", family.name);
+            for row in family.refused {
+                assert!(!row.why.is_empty(), "{}", row.name);
+                let known = family.ioctls.iter().any(|ioctl| ioctl.name == row.name);
+                assert!(!known, "{} is refused and has a schema", row.name);
+            }
+        }
+    }
+
+    #[test]
+    fn what_changes_is_no_constant() {
+        use zerocopy::IntoBytes;
+        let is_constant = |driver, command, argument: &[u8]| {
+            find(of_driver(driver), command)
+                .unwrap()
+                .is_constant(argument)
+        };
+        for (param, expected) in [
+            (soft::param::MEMORY_SIZE, true),
+            (soft::param::MEMORY_FREE, false),
+        ] {
+            let argument = soft::GetParam { param, value: 0 };
+            let found = is_constant("soft", soft::DRM_IOCTL_SOFT_GETPARAM, argument.as_bytes());
+            assert_eq!(found, expected, "parameter {param}");
+        }
+        let param = virtio_gpu::GetParam::default();
+        assert!(is_constant(
+            "virtio_gpu",
+            virtio_gpu::GETPARAM,
+            param.as_bytes()
+        ));
+        let wait = virtio_gpu::Wait::default();
+        assert!(!is_constant(
+            "virtio_gpu",
+            virtio_gpu::WAIT,
+            wait.as_bytes()
+        ));
     }
 
     #[test]
@@ -374,6 +473,11 @@ mod tests {
                 equals: 1,
             }),
             allocates: Allocates::Bytes(1),
+            answer: Answer::ConstantUnless(Condition {
+                field: 5,
+                mask: 1,
+                equals: 1,
+            }),
             summary: "",
         }];
         let faults = faults(BROKEN).join("\n");
@@ -381,6 +485,8 @@ mod tests {
             "BROKEN: its command has another size than its argument",
             "BROKEN: its older size 6 ends inside a field",
             "BROKEN: condition on offset 3, where no integer is",
+            "BROKEN: condition on offset 5, where no integer is",
+            "BROKEN: a constant answer cannot make or use what a file owns",
             "BROKEN: allocates by offset 1, where no integer is",
             "BROKEN: allocates memory that no new handle holds",
             "broken: short: 4 bytes are the wrong size for its rule",

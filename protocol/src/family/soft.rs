@@ -8,8 +8,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space, command,
-    rule::*,
+    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space,
+    command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -261,6 +261,7 @@ uapi_struct! {
 pub static FAMILY: Family = Family {
     name: "soft",
     header: "",
+    refused: &[],
     ioctls: &[
         Ioctl {
             name: "DRM_IOCTL_SOFT_GETPARAM",
@@ -269,6 +270,11 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::ConstantUnless(Condition {
+                field: at!(GetParam.param),
+                mask: u64::MAX,
+                equals: param::MEMORY_FREE,
+            }),
             summary: "Reads a parameter of the device",
         },
         Ioctl {
@@ -278,6 +284,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Bytes(0),
+            answer: Answer::Forwarded,
             summary: "Creates a buffer object",
         },
         Ioctl {
@@ -287,6 +294,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Tells the offset at which a buffer object can be mapped",
         },
         Ioctl {
@@ -296,6 +304,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Tells the size of a buffer object and whether it is busy",
         },
         Ioctl {
@@ -305,6 +314,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Queues commands for execution",
         },
         Ioctl {
@@ -318,6 +328,7 @@ pub static FAMILY: Family = Family {
                 equals: 0,
             }]),
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Waits for a submission or a buffer object",
         },
         Ioctl {
@@ -327,6 +338,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Counts resets, hangs and faults",
         },
     ],

@@ -6,7 +6,7 @@
 #![allow(clippy::cast_possible_truncation)] // offsets in structs of a few bytes
 
 use super::Family;
-use crate::schema::{Allocates, Blocking, Ioctl, Space, command, rule::*};
+use crate::schema::{Allocates, Answer, Blocking, Ioctl, Space, command, rule::*};
 use crate::{Errno, at, uapi_struct};
 
 /// Flag of [`FenceAttach`]: the fence is for a write, so readers wait for it too.
@@ -91,6 +91,7 @@ pub const DESTROY_DUMB: u32 = command::iowr::<DestroyDumb>(0xb4);
 pub static FAMILY: Family = Family {
     name: "vgem",
     header: "drm/vgem_drm.h",
+    refused: &[],
     ioctls: &[
         Ioctl {
             name: "DRM_IOCTL_VGEM_FENCE_ATTACH",
@@ -99,6 +100,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Attaches a new fence to a buffer; it ends by itself after 10 seconds.",
         },
         Ioctl {
@@ -108,6 +110,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Signals a fence of this file.",
         },
         Ioctl {
@@ -121,6 +124,7 @@ pub static FAMILY: Family = Family {
                 height: at!(CreateDumb.height),
                 bits_per_pixel: at!(CreateDumb.bpp),
             },
+            answer: Answer::Forwarded,
             summary: "Makes a buffer for an image (card node only).",
         },
         Ioctl {
@@ -130,6 +134,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Where to map such a buffer.",
         },
         Ioctl {
@@ -139,6 +144,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Gives such a buffer's handle back.",
         },
     ],

@@ -7,8 +7,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space, command,
-    rule::*,
+    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space,
+    command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 
@@ -406,6 +406,7 @@ pub const CONTEXT_INIT: u32 = command::iowr::<ContextInit>(0x4b);
 pub static FAMILY: Family = Family {
     name: "virtio_gpu",
     header: "drm/virtgpu_drm.h",
+    refused: &[],
     ioctls: &[
         Ioctl {
             name: "DRM_IOCTL_VIRTGPU_MAP",
@@ -414,6 +415,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Where to map a resource.",
         },
         Ioctl {
@@ -435,6 +437,7 @@ pub static FAMILY: Family = Family {
                 },
             ]),
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Submits commands of the 3D renderer.",
         },
         Ioctl {
@@ -444,6 +447,8 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            // The driver settles all of them while it sets its device up.
+            answer: Answer::Constant,
             summary: "Value of one parameter of the driver.",
         },
         Ioctl {
@@ -453,6 +458,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Bytes(at!(ResourceCreate.size)),
+            answer: Answer::Forwarded,
             summary: "Makes a texture or a buffer with guest memory behind it.",
         },
         Ioctl {
@@ -462,6 +468,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Size, number and memory of a resource.",
         },
         Ioctl {
@@ -472,6 +479,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[at!(TransferFromHost.stride)],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Starts a copy from the renderer into the memory of a resource.",
         },
         Ioctl {
@@ -482,6 +490,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[at!(TransferToHost.stride)],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Starts a copy from the memory of a resource to the renderer.",
         },
         Ioctl {
@@ -495,6 +504,7 @@ pub static FAMILY: Family = Family {
                 equals: WAIT_NOWAIT as u64,
             }]),
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Waits until a resource is not in use any more.",
         },
         Ioctl {
@@ -505,6 +515,8 @@ pub static FAMILY: Family = Family {
             // The first time the driver asks its device and waits for up to 5 seconds.
             blocking: Blocking::Always,
             allocates: Allocates::Nothing,
+            // The driver itself keeps what its device said the first time.
+            answer: Answer::Constant,
             summary: "What the renderer can do, in one of its formats.",
         },
         Ioctl {
@@ -514,6 +526,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Bytes(at!(ResourceCreateBlob.size)),
+            answer: Answer::Forwarded,
             summary: "Makes a resource that is plain memory.",
         },
         Ioctl {
@@ -523,6 +536,7 @@ pub static FAMILY: Family = Family {
             older_sizes: &[],
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
+            answer: Answer::Forwarded,
             summary: "Makes the file's context with parameters.",
         },
     ],

@@ -12,6 +12,7 @@ use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::family::core::{self, GemClose, PrimeFdToHandle, PrimeHandleToFd};
 use pvgpu_protocol::family::soft::{self, Hang, Stream, Submit};
+use pvgpu_protocol::family::vgem;
 use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, GetParam, Map, ResourceCreate, Wait};
 use pvgpu_protocol::schema::command;
 use pvgpu_protocol::wire::{
@@ -22,7 +23,7 @@ use std::time::{Duration, Instant};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 struct Guest {
-    session: Session<Loopback>,
+    session: Session<'static, Loopback>,
     record: Arc<Record>,
     aperture: Arc<Aperture>,
     file: ObjectId,
@@ -118,15 +119,18 @@ impl Guest {
 }
 
 #[test]
-fn an_unknown_ioctl_is_enotty() {
+fn an_unknown_or_refused_ioctl_gets_the_errno_of_a_render_node_on_both_sides() {
     let mut guest = Guest::new();
-    let unknown = command::iowr::<Map>(0x7f);
-    let result = guest.without_reaching_the_driver(|guest| guest.raw_ioctl(unknown, &[0; 16]));
-    assert_eq!(result, -Errno::ENOTTY.number());
-    assert_eq!(
-        guest.ioctl(unknown, &mut Map::default()),
-        Err(Errno::ENOTTY)
-    );
+    for (ioctl, errno) in [
+        (command::iowr::<Map>(0x7f), Errno::EINVAL),
+        (vgem::CREATE_DUMB, Errno::EACCES),
+        (virtio_gpu::MAP ^ 0x100, Errno::ENOTTY),
+    ] {
+        let result = guest.without_reaching_the_driver(|guest| guest.raw_ioctl(ioctl, &[0; 16]));
+        assert_eq!(result, -errno.number(), "{ioctl:#x}");
+        let result = guest.ioctl(ioctl, &mut Map::default());
+        assert_eq!(result, Err(errno), "{ioctl:#x}");
+    }
 }
 
 #[test]

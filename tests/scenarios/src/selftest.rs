@@ -106,12 +106,12 @@ fn unknown<D: DeviceFile, R: Report>(steps: &mut Steps<'_, D, R>) -> Result<(), 
     const SET_MASTER: u32 = 0x641e;
     const TCGETS: u32 = 0x5401;
     let ioctls = [
-        ("an ioctl of no driver", iowr::<u64>(0x9f)),
-        ("SET_MASTER", SET_MASTER),
-        ("TCGETS", TCGETS),
+        ("an ioctl of no driver", iowr::<u64>(0x9f), Errno::EINVAL),
+        ("SET_MASTER", SET_MASTER, Errno::EACCES),
+        ("TCGETS", TCGETS, Errno::ENOTTY),
     ];
-    for (step, command) in ioctls {
-        steps.refused(step, command, 0u64, Errno::ENOTTY)?;
+    for (step, command, errno) in ioctls {
+        steps.refused(step, command, 0u64, errno)?;
     }
     for size in [0, 8, 56, 72] {
         steps.refused(

@@ -1,10 +1,10 @@
 //! `cargo xtask docs`: writes the pages of `docs/` that are made from the tables, or checks that they are current.
 //! People call it after changing a table; a test here calls the check.
 
-use pvgpu_protocol::family::{self, Family};
+use pvgpu_protocol::family::{self, Family, refused::Refused};
 use pvgpu_protocol::schema::{
-    Allocates, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Kind, Space,
-    Struct, command,
+    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Kind,
+    Space, Struct, command,
 };
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -67,8 +67,16 @@ const INTRODUCTION: &str = "\
 
 <!-- Written by `cargo xtask docs` from the tables in `protocol/src/family`. Change those, not this page. -->
 
-What is not on this page does not exist for a guest: `ENOTTY`. Of what is, the proxy checks each field by its rule
-before the host's driver sees anything:
+Each family's table says what becomes of its ioctls:
+
+- *Forwarded*: the proxy checks each field by its rule, then the host's driver performs it.
+- *Answered locally*: the guest driver knows the answer, and nothing is sent: either from the start, because the hello has
+  said who the host's driver is, or after the first time that the call succeeded with the same input. Only where the
+  host's driver cannot change its mind; and no longer once it says that its device is gone.
+- *Refused*: with the errno that the kernel gives on a render node. So does the proxy, whatever the guest sends.
+
+What is not on this page gets what the kernel gives, too: `EINVAL`, or `ENOTTY` when it is no ioctl of DRM's type (`'d'`).
+Of what is forwarded, the proxy checks each field before the host's driver sees anything:
 
 - A command whose size is none of the listed ones: `EINVAL`. Fields that an older, shorter form lacks count as zero.
 - An array with more elements than its limit: `E2BIG`. A null pointer where there are elements: `EFAULT`, unless it
@@ -117,19 +125,63 @@ fn write_family(page: &mut String, family: &Family) {
         "" => writeln!(page, "Defined by pvgpu itself.\n"),
         header => writeln!(page, "Defined by `{header}` of Linux.\n"),
     };
-    page.push_str("| number | ioctl | what it does |\n| --- | --- | --- |\n");
+    page.push_str("| number | ioctl | what it does | what becomes of it |\n");
+    page.push_str("| --- | --- | --- | --- |\n");
     for ioctl in family.ioctls {
         let _ = writeln!(
             page,
-            "| {:#04x} | [`{2}`](#{1}) | {3} |",
+            "| {:#04x} | [`{2}`](#{1}) | {3} | {4} |",
             ioctl.command & 0xff,
             ioctl.name.to_lowercase(),
             ioctl.name.trim_start_matches("DRM_IOCTL_"),
             ioctl.summary,
+            fate(ioctl),
+        );
+    }
+    if !family.refused.is_empty() {
+        page.push_str(
+            "\nRefused:\n\n| number | ioctl | errno | why |\n| --- | --- | --- | --- |\n",
+        );
+    }
+    for row in family.refused {
+        let _ = writeln!(
+            page,
+            "| {:#04x} | `{}` | `{}` | {}{} |",
+            row.number,
+            row.name.trim_start_matches("DRM_IOCTL_"),
+            row.errno,
+            row.why,
+            exceptions(row),
         );
     }
     for ioctl in family.ioctls {
         write_ioctl(page, ioctl);
+    }
+}
+
+/// Who answers an ioctl, in words.
+fn fate(ioctl: &Ioctl) -> String {
+    match ioctl.answer {
+        Answer::Forwarded => "forwarded".into(),
+        Answer::Constant => "answered locally after the first time".into(),
+        Answer::ConstantUnless(condition) => format!(
+            "answered locally after the first time; forwarded if {}",
+            words(ioctl.argument, &condition)
+        ),
+        Answer::Identity => "answered locally".into(),
+    }
+}
+
+/// The drivers for which a refused ioctl has a schema after all.
+fn exceptions(row: &Refused) -> String {
+    let drivers: Vec<_> = family::ALL
+        .iter()
+        .filter(|family| family.ioctls.iter().any(|ioctl| ioctl.name == row.name))
+        .map(|family| link(family))
+        .collect();
+    match drivers.as_slice() {
+        [] => String::new(),
+        drivers => format!("; but forwarded for {}", drivers.join(", ")),
     }
 }
 
@@ -370,6 +422,32 @@ mod tests {
                 assert!(text.contains(&row), "{}: {row}", ioctl.name);
             }
         }
+    }
+
+    #[test]
+    fn every_ioctl_says_once_for_its_family_what_becomes_of_it() {
+        let page = page();
+        for family in family::ALL {
+            let section = format!("\n## {}\n", title(family));
+            let text = &page[page.find(&section).unwrap() + section.len()..];
+            let text = &text[..text.find("\n### ").unwrap()];
+            let rows = |name: &str| -> Vec<&str> {
+                let name = format!("`{}`", name.trim_start_matches("DRM_IOCTL_"));
+                let rows = text.lines().filter(|line| line.starts_with("| 0x"));
+                rows.filter(|line| line.contains(&name)).collect()
+            };
+            for ioctl in family.ioctls {
+                let rows = rows(ioctl.name);
+                assert_eq!(rows.len(), 1, "{}: {rows:?}", ioctl.name);
+                assert!(rows[0].ends_with(&format!("| {} |", fate(ioctl))));
+            }
+            for row in family.refused {
+                let rows = rows(row.name);
+                assert_eq!(rows.len(), 1, "{}: {rows:?}", row.name);
+                assert!(rows[0].contains(&format!("| `{}` | {}", row.errno, row.why)));
+            }
+        }
+        assert!(page.contains("belong to the primary node; but forwarded for [vgem](#vgem) |"));
     }
 
     #[test]

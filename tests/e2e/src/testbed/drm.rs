@@ -102,8 +102,8 @@ impl File {
 
     fn ioctl(&self, command: u32) -> &'static Ioctl {
         let families = family::of_driver(&self.driver.identity().name);
-        let found = family::find(families, command).or_else(|| family::find(family::ALL, command));
-        found.unwrap_or_else(|| panic!("no schema for {command:#x}"))
+        let found = family::find(families, command).or_else(|_| family::find(family::ALL, command));
+        found.unwrap_or_else(|_| panic!("no schema for {command:#x}"))
     }
 
     /// A validated call, with the arrays that go in.
