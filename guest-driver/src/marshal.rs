@@ -104,6 +104,23 @@ fn encode_field<C: Caller + ?Sized>(
     Ok(())
 }
 
+/// Takes out of a gathered payload what never reaches the host driver: the bytes of output fields. What is left is all that
+/// its answer can depend on.
+pub fn erase_outputs(ioctl: &'static Ioctl, layout: &Layout, payload: &mut [u8]) {
+    for (structure, range) in structs(ioctl, layout.argument, &layout.arrays) {
+        let Some(bytes) = payload.get_mut(range) else {
+            continue;
+        };
+        for field in structure.fields {
+            if let (Kind::Output, Some(output)) =
+                (field.kind(structure, bytes), bytes.get_mut(field.range()))
+            {
+                output.fill(0);
+            }
+        }
+    }
+}
+
 /// Copies what came back to the caller: the argument of `ioctl` at `address`, and all arrays that come out.
 ///
 /// A payload that is not as long as the layout says is `EPROTO`.

@@ -2,15 +2,18 @@
 //!
 //! The test guest, the Linux module and the tests call it. It owns the [`Channel`], knows which schemas the host
 //! driver speaks, and holds nothing else: the state of files and objects is the host's. So where many callers come at
-//! once, each makes a session of its own on the one connection ([`Session::share`]) and shares nothing but the device.
+//! once, each makes a session of its own on the one connection ([`Session::share`]) and shares nothing but the device
+//! and the answers that cannot change ([`Session::with_constants`]).
 
 use crate::channel::{Channel, Slot};
-use crate::marshal::{Caller, gather, scatter};
+use crate::constants::{Constants, Draft};
+use crate::marshal::{Caller, erase_outputs, gather, scatter};
+use crate::version;
 use arrayvec::ArrayString;
-use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
+use pvgpu_protocol::control::{self, DriverIdentity, Hello, HelloReply, Limits};
 use pvgpu_protocol::family::{self, Family};
 use pvgpu_protocol::layout::Layout;
-use pvgpu_protocol::schema::Ioctl;
+use pvgpu_protocol::schema::{Answer, Ioctl};
 use pvgpu_protocol::wire::{
     CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PollRequest,
     ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest, VERSION, WatchRequest,
@@ -25,10 +28,11 @@ const IOCTL_HEADER: usize = REQUEST_HEADER + size_of::<IoctlRequest>();
 const IOCTL_ROOM: usize = 1024;
 
 /// A session with the proxy.
-pub struct Session<C: Channel> {
+pub struct Session<'a, C: Channel> {
     channel: C,
     next_id: u64,
     host: Host,
+    constants: Option<&'a Constants>,
 }
 
 /// What the proxy has said of itself in the hello.
@@ -42,7 +46,22 @@ pub struct Host {
     pub limits: Limits,
     /// Size of the aperture in bytes.
     pub aperture: u64,
+    /// Its date and its description; none when one is longer than a driver's ever are.
+    texts: Option<[ArrayString<64>; 2]>,
     families: &'static [&'static Family],
+}
+
+impl Host {
+    /// What the host driver's `DRM_IOCTL_VERSION` says.
+    fn identity(&self) -> Option<DriverIdentity<'_>> {
+        let [date, description] = self.texts.as_ref()?;
+        Some(DriverIdentity {
+            name: &self.driver,
+            version: self.driver_version,
+            date,
+            description,
+        })
+    }
 }
 
 /// An open file, or another object that an ioctl gave out: its id in the session.
@@ -84,7 +103,7 @@ pub struct Mapping {
     pub length: u64,
 }
 
-impl<C: Channel> Session<C> {
+impl<'a, C: Channel> Session<'a, C> {
     /// Says hello. `EOPNOTSUPP` when the proxy speaks another version of the protocol, `EPROTO` when it answers
     /// something else than a hello.
     pub fn connect(mut channel: C, guest: &str) -> Result<Self, Errno> {
@@ -108,12 +127,14 @@ impl<C: Channel> Session<C> {
         let waited = channel.wait(&pending.slot);
         let take = |_, payload: &[u8]| {
             let reply: HelloReply<'_> = control::decode(payload)?;
-            let mut driver = ArrayString::new();
-            driver
-                .try_push_str(reply.driver.name)
-                .map_err(|_| Errno::EPROTO)?;
+            let driver = ArrayString::from(reply.driver.name).map_err(|_| Errno::EPROTO)?;
+            let texts = [reply.driver.date, reply.driver.description].map(ArrayString::from);
             Ok(Host {
                 driver,
+                texts: match texts {
+                    [Ok(date), Ok(description)] => Some([date, description]),
+                    _ => None,
+                },
                 driver_version: reply.driver.version,
                 limits: reply.limits,
                 aperture: reply.aperture,
@@ -126,6 +147,7 @@ impl<C: Channel> Session<C> {
             channel,
             next_id: 1,
             host: host?,
+            constants: None,
         })
     }
 
@@ -136,7 +158,17 @@ impl<C: Channel> Session<C> {
             channel,
             next_id: first_id,
             host,
+            constants: None,
         }
+    }
+
+    /// Lets [`Session::ioctl`] answer from `constants` what cannot change, and from the hello who the host driver is. The
+    /// table must be used for this connection alone. Without one, every ioctl is sent.
+    ///
+    /// Such an answer says nothing of the file: a call on one that is not open gets it, too.
+    pub fn with_constants(mut self, constants: &'a Constants) -> Self {
+        self.constants = Some(constants);
+        self
     }
 
     /// What the proxy has said of itself.
@@ -172,13 +204,42 @@ impl<C: Channel> Session<C> {
         address: u64,
         caller: &mut M,
     ) -> Result<i32, Errno> {
-        let pending = self.start_ioctl(file, command, address, caller)?;
-        self.channel.doorbell();
-        if let Err(errno) = self.settle(&pending.request) {
-            self.channel.end(pending.request.slot);
-            return Err(errno);
+        let ioctl = family::find(self.host.families, command)?;
+        let size = ioctl.accept(command)?;
+        let constants = match ioctl.answer {
+            Answer::Forwarded => None,
+            _ => self.constants.filter(|known| !known.device_is_gone()),
+        };
+        if let (Answer::Identity, Some(_)) = (ioctl.answer, constants)
+            && let Some(identity) = self.host.identity()
+        {
+            return version::answer(&identity, address, caller);
         }
-        self.finish_ioctl(pending, caller)
+        let mut layout = Layout::default();
+        let slot = self.gather(ioctl, size, address, caller, &mut layout)?;
+        let mut draft = None;
+        if let Some(constants) = constants {
+            let buffer = self.channel.request(&slot);
+            let payload = buffer.get_mut(IOCTL_HEADER..).unwrap_or_default();
+            match recall(constants, ioctl, command, &layout, payload) {
+                Recalled::Answer(answer) => {
+                    let result = scatter(ioctl, &layout, address, caller, answer).map(|()| 0);
+                    self.channel.end(slot);
+                    return result;
+                }
+                Recalled::Question(noted) => draft = noted,
+            }
+        }
+        let request = self.submit(file, command, slot, &layout)?;
+        self.channel.doorbell();
+        let result = self
+            .settle(&request)
+            .and_then(|()| self.take(&request, ioctl, &layout, address, caller, draft));
+        self.channel.end(request.slot);
+        if let Some(constants) = self.constants {
+            constants.heard(result);
+        }
+        result
     }
 
     /// Submits an ioctl without ringing the doorbell or waiting.
@@ -191,46 +252,11 @@ impl<C: Channel> Session<C> {
     ) -> Result<PendingIoctl, Errno> {
         let ioctl = family::find(self.host.families, command)?;
         let size = ioctl.accept(command)?;
-        let now = self.channel.now_ns();
-        let (mut request, mut response) = (IOCTL_ROOM, IOCTL_ROOM);
         let mut layout = Layout::default();
-        let limit = usize::try_from(self.host.limits.message).unwrap_or(usize::MAX);
-        let slot = loop {
-            // The proxy would return a longer request unanswered.
-            if request.saturating_add(IOCTL_HEADER) > limit {
-                return Err(Errno::E2BIG);
-            }
-            let slot = self
-                .channel
-                .begin(IOCTL_HEADER + request, RESPONSE_HEADER + response)?;
-            let buffer = self.channel.request(&slot);
-            let payload = buffer.get_mut(IOCTL_HEADER..).unwrap_or_default();
-            match gather(ioctl, size, address, caller, now, payload, &mut layout) {
-                Ok(()) if layout.response <= response => break slot,
-                Ok(()) => response = layout.response,
-                Err(Errno::ENOSPC) if layout.request > request => request = layout.request,
-                Err(errno) => {
-                    self.channel.end(slot);
-                    return Err(errno);
-                }
-            }
-            // The caller's arrays are longer than the buffers: once more with longer ones.
-            self.channel.end(slot);
-        };
-        let body = IoctlRequest {
-            command: command.into(),
-            reserved: 0.into(),
-        };
-        let id = self.new_id();
-        let header = header(Operation::Ioctl, file.0, id);
-        let buffer = self.channel.request(&slot);
-        let length = write(buffer, &[header.as_bytes(), body.as_bytes()]) + layout.request;
-        if let Err(errno) = self.channel.submit(&slot, length) {
-            self.channel.end(slot);
-            return Err(errno);
-        }
+        let slot = self.gather(ioctl, size, address, caller, &mut layout)?;
+        let request = self.submit(file, command, slot, &layout)?;
         Ok(PendingIoctl {
-            request: Pending { slot, id },
+            request,
             ioctl,
             layout,
             address,
@@ -243,17 +269,98 @@ impl<C: Channel> Session<C> {
         pending: PendingIoctl,
         caller: &mut M,
     ) -> Result<i32, Errno> {
-        let response = self.channel.response(&pending.request.slot);
-        let result = split_response(response, pending.request.id).and_then(|(result, payload)| {
-            // The driver's bytes come back even with an error; those of a request that was rejected do not.
-            if !payload.is_empty() {
-                let address = pending.address;
-                scatter(pending.ioctl, &pending.layout, address, caller, payload)?;
-            }
-            to_result(result)
-        });
-        self.channel.end(pending.request.slot);
+        let PendingIoctl {
+            request,
+            ioctl,
+            ref layout,
+            address,
+        } = pending;
+        let result = self.take(&request, ioctl, layout, address, caller, None);
+        self.channel.end(request.slot);
         result
+    }
+
+    /// Gathers an ioctl's argument, and all that its pointers reach, into a slot that has room for the response.
+    fn gather<M: Caller + ?Sized>(
+        &mut self,
+        ioctl: &'static Ioctl,
+        size: u16,
+        address: u64,
+        caller: &M,
+        layout: &mut Layout,
+    ) -> Result<Slot, Errno> {
+        let now = self.channel.now_ns();
+        let (mut request, mut response) = (IOCTL_ROOM, IOCTL_ROOM);
+        let limit = usize::try_from(self.host.limits.message).unwrap_or(usize::MAX);
+        loop {
+            // The proxy would return a longer request unanswered.
+            if request.saturating_add(IOCTL_HEADER) > limit {
+                return Err(Errno::E2BIG);
+            }
+            let slot = self
+                .channel
+                .begin(IOCTL_HEADER + request, RESPONSE_HEADER + response)?;
+            let buffer = self.channel.request(&slot);
+            let payload = buffer.get_mut(IOCTL_HEADER..).unwrap_or_default();
+            match gather(ioctl, size, address, caller, now, payload, layout) {
+                Ok(()) if layout.response <= response => return Ok(slot),
+                Ok(()) => response = layout.response,
+                Err(Errno::ENOSPC) if layout.request > request => request = layout.request,
+                Err(errno) => {
+                    self.channel.end(slot);
+                    return Err(errno);
+                }
+            }
+            // The caller's arrays are longer than the buffers: once more with longer ones.
+            self.channel.end(slot);
+        }
+    }
+
+    /// Submits an ioctl that was gathered into `slot`.
+    fn submit(
+        &mut self,
+        file: ObjectId,
+        command: u32,
+        slot: Slot,
+        layout: &Layout,
+    ) -> Result<Pending, Errno> {
+        let body = IoctlRequest {
+            command: command.into(),
+            reserved: 0.into(),
+        };
+        let id = self.new_id();
+        let header = header(Operation::Ioctl, file.0, id);
+        let buffer = self.channel.request(&slot);
+        let length = write(buffer, &[header.as_bytes(), body.as_bytes()]) + layout.request;
+        match self.channel.submit(&slot, length) {
+            Ok(()) => Ok(Pending { slot, id }),
+            Err(errno) => {
+                self.channel.end(slot);
+                Err(errno)
+            }
+        }
+    }
+
+    /// Takes the result of an ioctl that is complete, whose answer the draft was for.
+    fn take<M: Caller + ?Sized>(
+        &self,
+        request: &Pending,
+        ioctl: &'static Ioctl,
+        layout: &Layout,
+        address: u64,
+        caller: &mut M,
+        draft: Option<Draft<'_>>,
+    ) -> Result<i32, Errno> {
+        let response = self.channel.response(&request.slot);
+        let (result, payload) = split_response(response, request.id)?;
+        if let (0, Some(draft)) = (result, draft) {
+            draft.complete(payload);
+        }
+        // The driver's bytes come back even with an error; those of a request that was rejected do not.
+        if !payload.is_empty() {
+            scatter(ioctl, layout, address, caller, payload)?;
+        }
+        to_result(result)
     }
 
     /// Maps a range of an object into the aperture.
@@ -442,6 +549,35 @@ impl<C: Channel> Session<C> {
     fn new_id(&mut self) -> u64 {
         self.next_id += 1;
         self.next_id
+    }
+}
+
+/// What is known of the answer to an ioctl.
+enum Recalled<'a, 'b> {
+    /// All: this is the response's payload.
+    Answer(&'b [u8]),
+    /// Nothing yet. If it is to be known the next time, there is a draft.
+    Question(Option<Draft<'a>>),
+}
+
+/// Looks for the answer to an ioctl that was gathered at the start of `payload`, and puts it there instead.
+fn recall<'a, 'b>(
+    constants: &'a Constants,
+    ioctl: &'static Ioctl,
+    command: u32,
+    layout: &Layout,
+    payload: &'b mut [u8],
+) -> Recalled<'a, 'b> {
+    if !ioctl.is_constant(payload.get(..layout.argument).unwrap_or_default()) {
+        return Recalled::Question(None);
+    }
+    erase_outputs(ioctl, layout, payload);
+    match constants.answer(command, payload, layout.request) {
+        Some(length) => Recalled::Answer(payload.get(..length).unwrap_or_default()),
+        None => {
+            let question = payload.get(..layout.request).unwrap_or_default();
+            Recalled::Question(constants.draft(command, question))
+        }
     }
 }
 

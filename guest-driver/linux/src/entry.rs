@@ -6,6 +6,7 @@ use crate::device::Call;
 use crate::kernel::{self, Device};
 use crate::process::Process;
 use core::ffi::{c_char, c_int};
+use pvgpu_guest_driver::constants::Constants;
 use pvgpu_guest_driver::marshal::Caller;
 use pvgpu_guest_driver::session::{Host, Mapping, ObjectId, Session};
 use pvgpu_protocol::Errno;
@@ -22,17 +23,28 @@ fn positive(events: u32) -> c_int {
     (events & c_int::MAX.cast_unsigned()).cast_signed()
 }
 
+/// `struct pvgpu_host`: what all calls on one device share.
+pub struct Shared {
+    host: Host,
+    constants: Constants,
+}
+
 /// The session of one call. As on the kernel's own nodes, no signal but one that kills interrupts other calls than ioctls.
 ///
 /// # Safety
 ///
 /// As for [`Call::new`]; and `host` must be what [`pvgpu_rust_connect`] gave for this device.
-unsafe fn session(device: *mut Device, host: *const Host, interruptible: bool) -> Session<Call> {
-    // SAFETY: the caller's promise.
-    unsafe {
+unsafe fn session<'a>(
+    device: *mut Device,
+    host: *const Shared,
+    interruptible: bool,
+) -> Session<'a, Call> {
+    // SAFETY: the caller's promise; nobody writes what is shared but through its atomics.
+    let (shared, channel, first) = unsafe {
         let first = kernel::pvgpu_take_ids(device, IDS);
-        Session::share(Call::new(device, interruptible), *host, first)
-    }
+        (&*host, Call::new(device, interruptible), first)
+    };
+    Session::share(channel, shared.host, first).with_constants(&shared.constants)
 }
 
 /// `struct pvgpu_identity`: the host driver, as the node is to report it.
@@ -53,7 +65,7 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
     device: *mut Device,
     identity: &mut Identity,
     error: &mut c_int,
-) -> *mut Host {
+) -> *mut Shared {
     // SAFETY: the caller's promise.
     let session = match Session::connect(unsafe { Call::new(device, false) }, "linux") {
         Ok(session) => session,
@@ -69,12 +81,12 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
     }
     identity.version = host.driver_version;
     identity.aperture = host.aperture;
-    // SAFETY: room for a `Host`, aligned to 16 bytes, or null.
+    // SAFETY: room for a `Shared`, aligned to 16 bytes, or null; zeroed, which is what an empty `Constants` is.
     unsafe {
-        let memory: *mut Host = kernel::pvgpu_allocate(size_of::<Host>()).cast();
+        let memory: *mut Shared = kernel::pvgpu_allocate(size_of::<Shared>()).cast();
         *error = -Errno::ENOMEM.number();
         if !memory.is_null() {
-            memory.write(*host);
+            (&raw mut (*memory).host).write(*host);
         }
         memory
     }
@@ -88,7 +100,7 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_open(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     flags: u32,
 ) -> c_int {
     // SAFETY: the caller's promise.
@@ -104,7 +116,7 @@ pub unsafe extern "C" fn pvgpu_rust_open(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_close(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
 ) -> c_int {
     // SAFETY: the caller's promise.
@@ -120,7 +132,7 @@ pub unsafe extern "C" fn pvgpu_rust_close(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_ioctl(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
     command: u32,
     address: u64,
@@ -139,7 +151,7 @@ pub unsafe extern "C" fn pvgpu_rust_ioctl(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_map(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
     offset: u64,
     length: u64,
@@ -167,7 +179,7 @@ pub unsafe extern "C" fn pvgpu_rust_map(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_unmap(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     aperture_offset: u64,
     length: u64,
 ) -> c_int {
@@ -191,7 +203,7 @@ const READ_ROOM: usize = 512;
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_read(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
     address: u64,
     length: u64,
@@ -216,7 +228,7 @@ pub unsafe extern "C" fn pvgpu_rust_read(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_wait(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
     events: u32,
 ) -> c_int {
@@ -233,7 +245,7 @@ pub unsafe extern "C" fn pvgpu_rust_wait(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_watch(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
     id: u64,
     events: u32,
@@ -251,7 +263,7 @@ pub unsafe extern "C" fn pvgpu_rust_watch(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_cancel(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     id: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
@@ -267,7 +279,7 @@ pub unsafe extern "C" fn pvgpu_rust_cancel(
 #[unsafe(no_mangle)]
 pub unsafe extern "C" fn pvgpu_rust_size(
     device: *mut Device,
-    host: *const Host,
+    host: *const Shared,
     object: c_int,
     size: &mut u64,
 ) -> c_int {

@@ -24,6 +24,7 @@ pub struct Loopback {
     start: Instant,
     interrupted: bool,
     events: Receiver<Pending>,
+    submitted: u64,
 }
 
 /// A request and its response.
@@ -59,6 +60,7 @@ impl Loopback {
             start: Instant::now(),
             interrupted: false,
             events,
+            submitted: 0,
         }
     }
 
@@ -76,6 +78,11 @@ impl Loopback {
     /// Interrupts the next wait, as a signal does.
     pub fn interrupt_next_wait(&mut self) {
         self.interrupted = true;
+    }
+
+    /// Requests that it has carried so far.
+    pub fn submitted(&self) -> u64 {
+        self.submitted
     }
 
     /// Slots that were not given back.
@@ -151,6 +158,7 @@ impl Channel for Loopback {
             Box::new(move |response| sender.send(bytes_of(&response)).unwrap_or(()))
         });
         self.message(slot).response = response.as_ref().map(bytes_of);
+        self.submitted += 1;
         Ok(())
     }
 

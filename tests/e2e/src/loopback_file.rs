@@ -25,7 +25,7 @@ const APERTURE: u64 = 256 << 20;
 
 /// What the files of one guest share.
 struct Guest {
-    session: RefCell<Session<Loopback>>,
+    session: RefCell<Session<'static, Loopback>>,
     aperture: Arc<Aperture>,
 }
 

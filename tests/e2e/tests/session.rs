@@ -577,7 +577,7 @@ fn a_guest_that_dies_in_the_middle_of_a_request_leaves_nothing_behind() {
 
 /// A guest that watches files which are ready when the test says so.
 struct Watcher {
-    session: Session<Loopback>,
+    session: Session<'static, Loopback>,
     gate: Arc<Gate>,
     file: ObjectId,
 }

@@ -14,7 +14,7 @@ use crate::physical::Registers;
 const NAME: &str = concat!("pvgpu-test-guest ", env!("CARGO_PKG_VERSION"));
 
 /// A session of this guest.
-pub type GuestSession = Session<VirtioChannel<'static, Guest>>;
+pub type GuestSession = Session<'static, VirtioChannel<'static, Guest>>;
 
 /// Opens a session with the first virtio-mmio device that the command line announces. `wait=interrupts` on the command line
 /// makes it sleep for responses; otherwise it polls.
