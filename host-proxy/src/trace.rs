@@ -1,6 +1,7 @@
 //! The trace: every request of a device with its result and duration, as bincode records in a file.
 //!
-//! Written by [`crate::device`] after each completion, read by whoever replays or inspects a run. Format:
+//! Written by [`crate::device`] after each completion, read by whoever replays or inspects a run. Events of what is watched
+//! are no requests: the trace has the watch, not what came of it. Format:
 //! [`pvgpu_protocol::control::TraceRecord`], one after the other.
 
 use pvgpu_protocol::control::{TraceRecord, encode_trace};
