@@ -150,6 +150,14 @@ impl Node {
         }
     }
 
+    /// What the node says of an ioctl of that type and number without an argument; none when it performs it.
+    pub fn refuses(&self, kind: u8, number: u8) -> Option<Errno> {
+        let command = libc::c_ulong::from(kind) << 8 | libc::c_ulong::from(number);
+        // SAFETY: the request's number says that there is no argument, so the kernel reads and writes none.
+        let result = unsafe { libc::ioctl(self.file.as_raw_fd(), command) };
+        (result < 0).then(|| errno(io::Error::last_os_error()))
+    }
+
     /// The driver's name, by DRM_IOCTL_VERSION.
     pub fn driver(&self) -> io::Result<String> {
         let mut name = [0u8; 64];

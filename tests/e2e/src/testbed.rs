@@ -8,6 +8,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::time::Instant;
 
 mod boot;
+mod constants;
 mod drm;
 mod guest;
 mod kvm;
@@ -38,6 +39,7 @@ pub fn tests() -> Vec<&'static Test> {
         virtio_gpu::TESTS,
         drm::TESTS,
         proxy::TESTS,
+        constants::TESTS,
         guest::TESTS,
         requests::TESTS,
         pictures::TESTS,

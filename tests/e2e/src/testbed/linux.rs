@@ -48,26 +48,38 @@ pub const TESTS: &[Test] = &[
 const LIMIT: Duration = Duration::from_secs(120);
 
 fn draws(version: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+    draw(version, gpu, doorbell, &[])
+}
+
+/// Draws on the GPU in a guest with that kernel, once for each of two times that the module is loaded, and checks the
+/// pictures; mini-vmm gets `options`, too.
+pub fn draw(version: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
     let picture = expected(gpu)?;
-    let ended = start(&[
+    let (kernel, initrd) = (
+        format!("/boot/{version}/vmlinux"),
+        format!("/boot/{version}/l2.cpio"),
+    );
+    let command_line = format!("{PARAMETERS} l2.exit={EXIT_CODE} l2.draw={}", gpu.name);
+    let argument = (gpu.argument)()?;
+    let arguments = [
         "--kernel",
-        &format!("/boot/{version}/vmlinux"),
+        &kernel,
         "--initrd",
-        &format!("/boot/{version}/l2.cpio"),
+        &initrd,
         "--memory",
         "256M",
         "--cpus",
         "1",
         "--cmdline",
-        &format!("{PARAMETERS} l2.exit={EXIT_CODE} l2.draw={}", gpu.name),
+        &command_line,
         "--gpu",
-        &(gpu.argument)()?,
+        &argument,
         "--doorbell",
         doorbell,
         "--watchdog",
         "60",
-    ])?
-    .wait(LIMIT)?;
+    ];
+    let ended = start(&[&arguments, options].concat())?.wait(LIMIT)?;
     ended.expect(EXIT_CODE)?;
     let expected = format!(
         "picture {}x{} {:016x}",
