@@ -8,6 +8,7 @@
 #include <linux/fs.h>
 #include <linux/module.h>
 #include <linux/poll.h>
+#include <linux/sched/signal.h>
 
 #include "pvgpu.h"
 
@@ -35,6 +36,8 @@ static int pvgpu_buffer_begin_cpu_access(struct dma_buf *buffer, enum dma_data_d
 	bool write = direction == DMA_BIDIRECTIONAL || direction == DMA_TO_DEVICE;
 	int result = pvgpu_rust_wait(device, device->host, object->file.object, write ? POLLOUT : POLLIN);
 
+	if (result == -EINTR && signal_pending(current))
+		return -ERESTARTSYS;
 	return min(result, 0);
 }
 

@@ -117,6 +117,12 @@ struct GetCaps {
     pad: u32,
 }
 
+impl AsFd for Node {
+    fn as_fd(&self) -> BorrowedFd<'_> {
+        self.file.as_fd()
+    }
+}
+
 impl Node {
     /// Opens the node at `path` for reading and writing.
     pub fn open(path: &Path) -> io::Result<Self> {

@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod constants;
 pub mod debug_device;
+pub mod descriptors;
 pub mod drm_ioctl;
 pub mod gate;
 pub mod guest_vm;

@@ -9,6 +9,7 @@ use std::time::Instant;
 
 mod boot;
 mod constants;
+mod descriptors;
 mod drm;
 mod guest;
 mod kvm;
@@ -45,6 +46,7 @@ pub fn tests() -> Vec<&'static Test> {
         pictures::TESTS,
         boot::TESTS,
         linux::TESTS,
+        descriptors::TESTS,
     ]
     .into_iter()
     .flatten()

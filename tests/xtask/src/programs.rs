@@ -61,6 +61,12 @@ pub const GLES: Program = Program {
     package: "pvgpu-gles",
     how: RELEASE,
 };
+/// Checks the file descriptors of a DRM node.
+pub const NODE_DESCRIPTORS: Program = Program {
+    name: "node-descriptors",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Measures in a guest.
 pub const BENCH: Program = Program {
     name: "bench",

@@ -1,5 +1,5 @@
 //! `/init` of the Linux that the testbed boots in L2 under mini-vmm: says what machine it sees, draws on the GPU's node
-//! if the command line has `l2.draw=DRIVER`, then ends the VM with the exit code of the command line's `l2.exit=N`.
+//! if the command line has `l2.draw=DRIVER`, checks its descriptors if that has `l2.descriptors=DRIVER`, then ends the VM with the exit code of the command line's `l2.exit=N`.
 //! `tests/e2e/src/testbed/boot.rs` and `linux.rs` read what it says.
 
 use std::fs;
@@ -54,12 +54,40 @@ fn draw(driver: &str, command_line: &str) -> Result<(), String> {
             return Err("the node is still there without its module".to_owned());
         }
     }
+    no_complaint()
+}
+
+/// Fails if the kernel has complained of anything.
+fn no_complaint() -> Result<(), String> {
     let tainted = fs::read_to_string("/proc/sys/kernel/tainted")
         .map_err(|error| format!("cannot read /proc/sys/kernel/tainted: {error}"))?;
     match tainted.trim().parse::<u64>() {
         Ok(bits) if bits & !OUR_TAINT == 0 => Ok(()),
         _ => Err(format!("the kernel is tainted: {}", tainted.trim())),
     }
+}
+
+/// Loads the guest driver, checks the descriptors of its node by the program `node-descriptors`, and unloads the driver.
+/// Fails if the kernel has complained of anything.
+fn check_descriptors(driver: &str, command_line: &str) -> Result<(), String> {
+    let device = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("virtio_mmio.device="))
+        .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
+    syscall::mount(c"sysfs", c"/sys", c"sysfs", c"")
+        .map_err(|error| format!("cannot mount /sys: {error}"))?;
+    modules::load_all()?;
+    modules::load("pvgpu.ko", &format!("mmio={device}"))?;
+    let status = Command::new("/bin/node-descriptors")
+        .args(["--driver", driver, "--guest"])
+        .status()
+        .map_err(|error| format!("cannot start node-descriptors: {error}"))?;
+    if !status.success() {
+        return Err(format!("node-descriptors ended with {status}"));
+    }
+    syscall::unload_module(c"pvgpu")
+        .map_err(|error| format!("cannot unload the module: {error}"))?;
+    no_complaint()
 }
 
 /// Ends the VM; returning at all is a failure.
@@ -88,6 +116,12 @@ fn report_and_end() -> Result<(), String> {
         .find_map(|word| word.strip_prefix("l2.draw="));
     if let Some(driver) = driver {
         draw(driver, &command_line)?;
+    }
+    let driver = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("l2.descriptors="));
+    if let Some(driver) = driver {
+        check_descriptors(driver, &command_line)?;
     }
     let address = debug_device::announced_address(&command_line)
         .ok_or("the command line does not say where the debug device is (pvgpu.debug=)")?;

@@ -15,10 +15,19 @@ use crate::packages;
 use crate::programs::{self, Built, Program};
 
 /// Our programs in the initramfs of a guest, each in `/bin` by its name, but for its first process.
-const GUEST_PROGRAMS: &[Program] = &[programs::L2_INIT, programs::NATIVE];
+const GUEST_PROGRAMS: &[Program] = &[
+    programs::L2_INIT,
+    programs::NATIVE,
+    programs::NODE_DESCRIPTORS,
+];
 
 /// All that [`write`] wants built.
-pub const PROGRAMS: &[Program] = &[programs::TEST_GUEST, programs::L2_INIT, programs::NATIVE];
+pub const PROGRAMS: &[Program] = &[
+    programs::TEST_GUEST,
+    programs::L2_INIT,
+    programs::NATIVE,
+    programs::NODE_DESCRIPTORS,
+];
 
 /// The modules that a guest loads before the guest driver, beside those that either depends on: its GPU is on virtio-mmio.
 const GUEST_MODULES: &[&str] = &["virtio_mmio"];

@@ -13,6 +13,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::L1_INIT,
     programs::L1_TESTS,
     programs::NATIVE,
+    programs::NODE_DESCRIPTORS,
     programs::GLES,
     programs::BENCH,
     programs::MINI_VMM,
