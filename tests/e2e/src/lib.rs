@@ -13,5 +13,6 @@ pub mod loopback_file;
 pub mod modules;
 pub mod picture_file;
 pub mod recording;
+pub mod semantics;
 pub mod syscall;
 pub mod testbed;

@@ -18,6 +18,7 @@ mod mini_vmm;
 mod pictures;
 mod proxy;
 mod requests;
+mod semantics;
 mod vgem;
 mod virtio_gpu;
 
@@ -47,6 +48,7 @@ pub fn tests() -> Vec<&'static Test> {
         boot::TESTS,
         linux::TESTS,
         descriptors::TESTS,
+        semantics::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -55,6 +55,12 @@ pub const NATIVE: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Checks mappings, descriptors, signals and threads on a DRM node.
+pub const NODE_SEMANTICS: Program = Program {
+    name: "node-semantics",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Draws OpenGL ES scenes on a DRM node by the system's Mesa.
 pub const GLES: Program = Program {
     name: "gles",

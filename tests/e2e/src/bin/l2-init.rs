@@ -1,11 +1,13 @@
 //! `/init` of the Linux that the testbed boots in L2 under mini-vmm: says what machine it sees, draws on the GPU's node
-//! if the command line has `l2.draw=DRIVER`, checks its descriptors if that has `l2.descriptors=DRIVER`, then ends the VM with the exit code of the command line's `l2.exit=N`.
+//! if the command line has `l2.draw=DRIVER`, checks its descriptors if that has `l2.descriptors=DRIVER`, the rest of it if
+//! that has `l2.semantics=DRIVER`, then ends the VM with the exit code of the command line's `l2.exit=N`.
 //! `tests/e2e/src/testbed/boot.rs` and `linux.rs` read what it says.
 
 use std::fs;
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode};
 
+use pvgpu_e2e::semantics::guest;
 use pvgpu_e2e::{debug_device, modules, syscall};
 
 fn main() -> ExitCode {
@@ -122,6 +124,12 @@ fn report_and_end() -> Result<(), String> {
         .find_map(|word| word.strip_prefix("l2.descriptors="));
     if let Some(driver) = driver {
         check_descriptors(driver, &command_line)?;
+    }
+    let semantics = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("l2.semantics="));
+    if let Some(driver) = semantics {
+        guest::run(driver, &command_line)?;
     }
     let address = debug_device::announced_address(&command_line)
         .ok_or("the command line does not say where the debug device is (pvgpu.debug=)")?;

@@ -19,6 +19,7 @@ const GUEST_PROGRAMS: &[Program] = &[
     programs::L2_INIT,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
+    programs::NODE_SEMANTICS,
 ];
 
 /// All that [`write`] wants built.
@@ -27,6 +28,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::L2_INIT,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
+    programs::NODE_SEMANTICS,
 ];
 
 /// The modules that a guest loads before the guest driver, beside those that either depends on: its GPU is on virtio-mmio.

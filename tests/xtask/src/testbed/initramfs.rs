@@ -14,6 +14,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::L1_TESTS,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
+    programs::NODE_SEMANTICS,
     programs::GLES,
     programs::BENCH,
     programs::MINI_VMM,
