@@ -9,6 +9,7 @@
 #include <linux/module.h>
 #include <linux/poll.h>
 #include <linux/sched/signal.h>
+#include <drm/drm_device.h>
 
 #include "pvgpu.h"
 
@@ -83,6 +84,8 @@ struct file *pvgpu_buffer_file(struct pvgpu_object *object, int access)
 	buffer = dma_buf_export(&info);
 	if (IS_ERR(buffer))
 		return ERR_CAST(buffer);
+	/* As DRM's own dma-bufs: mappings are among those that the device takes from all processes when it goes away. */
+	buffer->file->f_mapping = device->node->anon_inode->i_mapping;
 	pvgpu_object_get(object);
 	return buffer->file;
 }

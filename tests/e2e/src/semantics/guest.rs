@@ -9,7 +9,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use pvgpu_protocol::Errno;
-use pvgpu_protocol::family::core::{GEM_CLOSE, GemClose};
+use pvgpu_protocol::family::core::{
+    GEM_CLOSE, GemClose, PRIME_HANDLE_TO_FD, PrimeHandleToFd, prime,
+};
 
 use super::system::{self, fork, ioctl, ioctl_32, map_shared, now_ns, peek, poke, unmap};
 use super::{Check, Failure, Gpu, Mapped, pages, word};
@@ -30,7 +32,7 @@ pub const CHECKS: &[Check] = &[
     Check {
         name: "the device is taken away under a program",
         run: lost,
-        expected: "waiting ENODEV, ioctl ENODEV, mmap ENODEV, - -, module refused",
+        expected: "waiting ENODEV, ioctl ENODEV, mmap ENODEV, - -, of a dma-buf - -, module refused",
     },
     Check {
         name: "the device is given back",
@@ -101,6 +103,15 @@ fn bind(gpu: &Gpu) -> Result<(), Failure> {
 
 fn lost(gpu: &Gpu) -> Result<Option<String>, Failure> {
     let it = Mapped::new(gpu, 2)?;
+    let mut export = PrimeHandleToFd {
+        handle: it.buffer.handle,
+        flags: prime::CLOEXEC | prime::RDWR,
+        fd: -1,
+    };
+    ioctl(it.fd.as_fd(), PRIME_HANDLE_TO_FD, &mut export)?;
+    let exported = system::borrow(export.fd, |fd| map_shared(fd, 0, it.buffer.length))?;
+    system::close(export.fd);
+    poke(exported, 1)?;
     // Only the embedded GPU has a call that waits for ever.
     let waiting = match gpu.driver.as_str() {
         "soft" => gpu.work(it.fd.as_fd())?,
@@ -133,12 +144,17 @@ fn lost(gpu: &Gpu) -> Result<Option<String>, Failure> {
         },
     );
     let mapped = map_shared(it.fd.as_fd(), it.buffer.offset, it.buffer.length);
-    let memory = pages(it.address, 2);
+    let memory = format!(
+        "{}, of a dma-buf {}",
+        pages(it.address, 2),
+        pages(exported, 2)
+    );
     if gpu.path.exists() || gpu.open().is_ok() {
         return Err("the node of a lost device can be opened".into());
     }
     let module = unload();
     unmap(it.address, it.buffer.length)?;
+    unmap(exported, it.buffer.length)?;
     Ok(Some(format!(
         "waiting {waited}, ioctl {}, mmap {}, {memory}, module {module}",
         word(call),
