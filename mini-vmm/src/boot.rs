@@ -29,8 +29,8 @@ use crate::{layout, mptable, size};
 pub struct Request<'a> {
     /// An ELF file for x86-64 or a bzImage.
     pub kernel: &'a Path,
-    /// An initial ramdisk.
-    pub initrd: Option<&'a Path>,
+    /// The files of the initial ramdisk, one after another: Linux unpacks archives that are concatenated. None for none.
+    pub initrd: &'a [PathBuf],
     /// The command line that the operator gave.
     pub cmdline: &'a str,
     /// What the machine itself adds to it, before a `--` that ends kernel parameters.
@@ -131,10 +131,10 @@ pub fn load(memory: &GuestMemoryMmap, request: Request<'_>) -> Result<Entry, Boo
         highest => u64::from(highest),
     };
     let initrd = match request.initrd {
-        None => None,
-        Some(path) => Some(load_initrd(
+        [] => None,
+        files => Some(load_initrd(
             memory,
-            path,
+            files,
             kernel.end,
             low_end.min(highest.saturating_add(1)),
         )?),
@@ -349,42 +349,55 @@ fn field64<const N: usize>(bytes: &[u8; N], at: usize) -> u64 {
 /// Where the initial ramdisk was put: address and length.
 type Initrd = (u64, u64);
 
-/// Puts the ramdisk as high as it goes below `highest` and above `kernel_end`.
+/// What the parts of a ramdisk are aligned to: where Linux looks for the next archive.
+const INITRD_ALIGNMENT: u64 = 4;
+
+/// Puts the ramdisk, `files` one after another, as high as it goes below `highest` and above `kernel_end`.
 fn load_initrd(
     memory: &GuestMemoryMmap,
-    path: &Path,
+    files: &[PathBuf],
     kernel_end: u64,
     highest: u64,
 ) -> Result<Initrd, BootError> {
-    let read = |error| BootError::Read {
+    let read = |path: &Path, error| BootError::Read {
         what: "initrd",
         path: path.into(),
         error,
     };
-    let mut file = File::open(path).map_err(read)?;
-    let metadata = file.metadata().map_err(read)?;
-    if !metadata.is_file() {
-        // Its length is not known before it has been read.
-        return Err(read(io::Error::other("it is not a regular file")));
-    }
-    let length = metadata.len();
     let first = kernel_end.max(layout::HIGH_MEMORY).next_multiple_of(4096);
-    let address = highest
-        .checked_sub(length)
-        .map(|address| address & !0xfff)
-        .filter(|a| *a >= first);
-    let (Some(address), Ok(bytes)) = (address, usize::try_from(length)) else {
-        let room = highest.saturating_sub(first);
-        return Err(BootError::InitrdSize {
+    let highest = highest & !0xfff;
+    let room = highest.saturating_sub(first);
+    // Each file with its length and where it is to begin.
+    let mut parts = Vec::new();
+    let mut end = 0u64;
+    for path in files {
+        let file = File::open(path).map_err(|error| read(path, error))?;
+        let metadata = file.metadata().map_err(|error| read(path, error))?;
+        if !metadata.is_file() {
+            // Its length is not known before it has been read.
+            return Err(read(path, io::Error::other("it is not a regular file")));
+        }
+        let (start, length) = (end.next_multiple_of(INITRD_ALIGNMENT), metadata.len());
+        let too_large = BootError::InitrdSize {
             path: path.into(),
             initrd: length,
-            room,
-        });
-    };
-    memory
-        .read_exact_volatile_from(GuestAddress(address), &mut file, bytes)
-        .map_err(|error| read(io::Error::other(error)))?;
-    Ok((address, length))
+            room: room.saturating_sub(start),
+        };
+        match (start.checked_add(length), usize::try_from(length)) {
+            (Some(next), Ok(bytes)) if next <= room => {
+                end = next;
+                parts.push((path, file, start, bytes));
+            }
+            _ => return Err(too_large),
+        }
+    }
+    let address = (highest - end) & !0xfff;
+    for (path, mut file, start, bytes) in parts {
+        memory
+            .read_exact_volatile_from(GuestAddress(address + start), &mut file, bytes)
+            .map_err(|error| read(path, io::Error::other(error)))?;
+    }
+    Ok((address, end))
 }
 
 /// The command line with the machine's announcements, NUL included.

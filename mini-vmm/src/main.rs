@@ -52,9 +52,9 @@ struct Run {
     /// Kernel: an ELF for x86-64 (with or without PVH entry) or a bzImage.
     #[arg(long, value_name = "FILE")]
     kernel: PathBuf,
-    /// Initial ramdisk.
+    /// Initial ramdisk. Given several times, the files are put one after another: Linux unpacks all of them.
     #[arg(long, value_name = "FILE")]
-    initrd: Option<PathBuf>,
+    initrd: Vec<PathBuf>,
     /// Kernel command line; what announces the machine's devices is added to it.
     #[arg(
         long,

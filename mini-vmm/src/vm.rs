@@ -38,8 +38,8 @@ pub struct VmConfig {
     pub kvm: PathBuf,
     /// An ELF file for x86-64 or a bzImage.
     pub kernel: PathBuf,
-    /// An initial ramdisk.
-    pub initrd: Option<PathBuf>,
+    /// The files of the initial ramdisk, one after another; none for no ramdisk.
+    pub initrd: Vec<PathBuf>,
     /// The kernel's command line; the machine adds what announces its devices.
     pub cmdline: String,
     /// RAM in bytes.
@@ -62,7 +62,7 @@ impl VmConfig {
         Self {
             kvm: kvm::DEVICE.into(),
             kernel: kernel.into(),
-            initrd: None,
+            initrd: Vec::new(),
             cmdline: String::new(),
             memory: 256 << 20,
             cpus: 1,
@@ -172,7 +172,7 @@ impl Vm {
             &ram.map().memory(),
             boot::Request {
                 kernel: &config.kernel,
-                initrd: config.initrd.as_deref(),
+                initrd: &config.initrd,
                 cmdline: &config.cmdline,
                 announcements: &announcements(config.gpu.is_some()),
                 cpus: config.cpus,

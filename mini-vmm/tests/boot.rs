@@ -23,7 +23,7 @@ fn an_elf_kernel_gets_its_command_line_and_initrd_by_the_64_bit_boot_protocol() 
     let initrd = TempFile::new(b"ramdisk");
     let (outcome, text) = boot(&kernels::elf(kernels::linux_reporter()), |config| {
         config.cmdline = "console=ttyS0 -- last".into();
-        config.initrd = Some(initrd.path().clone());
+        config.initrd = vec![initrd.path().clone()];
     });
     assert_eq!(outcome.ending, Ending::Exit { code: 42 });
     assert_eq!(outcome.exit_code, 42);
@@ -34,20 +34,20 @@ fn an_elf_kernel_gets_its_command_line_and_initrd_by_the_64_bit_boot_protocol() 
 }
 
 #[test]
-fn a_bzimage_is_entered_at_its_64_bit_entry_point() {
+fn a_bzimage_is_entered_at_its_64_bit_entry_point_with_an_initrd_of_two_files() {
     if !with_kvm() {
         return;
     }
-    let initrd = TempFile::new(b"ramdisk");
+    let initrd = [TempFile::new(b"ram"), TempFile::new(b"disk")];
     let (outcome, text) = boot(
         &kernels::bzimage(kernels::linux_reporter(), 1 << 20),
         |config| {
             config.cmdline = "quiet".into();
-            config.initrd = Some(initrd.path().clone());
+            config.initrd = initrd.iter().map(|file| file.path().clone()).collect();
         },
     );
     assert_eq!(outcome.ending, Ending::Exit { code: 42 });
-    assert_eq!(text, "quiet pvgpu.debug=0xd0001000\nramdisk");
+    assert_eq!(text, "quiet pvgpu.debug=0xd0001000\nram\0disk");
 }
 
 #[test]
@@ -58,7 +58,7 @@ fn an_elf_kernel_with_a_pvh_note_is_entered_in_32_bit_mode_with_start_informatio
     let initrd = TempFile::new(b"ramdisk");
     let (outcome, text) = boot(&kernels::pvh(kernels::pvh_reporter()), |config| {
         config.cmdline = "quiet".into();
-        config.initrd = Some(initrd.path().clone());
+        config.initrd = vec![initrd.path().clone()];
     });
     assert_eq!(outcome.ending, Ending::Exit { code: 43 });
     assert_eq!(text, "quiet pvgpu.debug=0xd0001000\nramdisk");

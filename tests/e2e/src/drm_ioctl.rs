@@ -166,15 +166,35 @@ impl Node {
 
     /// The driver's name, by DRM_IOCTL_VERSION.
     pub fn driver(&self) -> io::Result<String> {
-        let mut name = [0u8; 64];
+        Ok(self.version()?.0)
+    }
+
+    /// All that DRM_IOCTL_VERSION says: the driver's name, and for people its version, date and description.
+    pub fn version(&self) -> io::Result<(String, String)> {
+        let mut texts = [[0u8; 64]; 3];
+        let [name, date, description] = &mut texts;
         let mut version = Version {
             name_length: name.len(),
             name: name.as_mut_ptr() as u64,
+            date_length: date.len(),
+            date: date.as_mut_ptr() as u64,
+            description_length: description.len(),
+            description: description.as_mut_ptr() as u64,
             ..Default::default()
         };
         self.ioctl(0x00, &mut version)?;
-        let length = version.name_length.min(name.len());
-        Ok(String::from_utf8_lossy(&name[..length]).into_owned())
+        let text = |bytes: &[u8], length: usize| {
+            String::from_utf8_lossy(&bytes[..length.min(bytes.len())]).into_owned()
+        };
+        let [major, minor, patch] = version.numbers;
+        let (date, description) = (
+            text(&texts[1], version.date_length),
+            text(&texts[2], version.description_length),
+        );
+        Ok((
+            text(&texts[0], version.name_length),
+            format!("{major}.{minor}.{patch} of {date}, {description}"),
+        ))
     }
 
     /// DRM_IOCTL_MODE_CREATE_DUMB: a buffer of 32 bits per pixel.

@@ -14,6 +14,7 @@ mod drm;
 mod guest;
 mod kvm;
 mod linux;
+mod mesa;
 mod mini_vmm;
 mod pictures;
 mod proxy;
@@ -49,6 +50,7 @@ pub fn tests() -> Vec<&'static Test> {
         linux::TESTS,
         descriptors::TESTS,
         semantics::TESTS,
+        mesa::TESTS,
     ]
     .into_iter()
     .flatten()

@@ -2,7 +2,7 @@
 //!
 //! Tasks call it first; it never removes or upgrades anything.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use crate::command::{self, CommandError};
@@ -128,6 +128,54 @@ fn newest(start: &str) -> Result<Option<String>, PackageError> {
     let common = known.lines().filter(|name| name.ends_with("-common"));
     let plain = common.filter(|name| !name.contains("-rt"));
     Ok(plain.max_by_key(|name| revision(name)).map(str::to_owned))
+}
+
+/// The version of `package` that apt would install.
+pub fn candidate(package: &str) -> Result<String, PackageError> {
+    let known = || {
+        let shown =
+            command::text(Command::new("apt-cache").args(["show", "--no-all-versions", package]));
+        let version = shown.ok()?;
+        let version = version
+            .lines()
+            .find_map(|line| line.strip_prefix("Version: "))?;
+        Some(version.trim().to_owned())
+    };
+    if let Some(version) = known() {
+        return Ok(version);
+    }
+    if is_root() {
+        update_lists()?;
+    }
+    known().ok_or_else(|| PackageError::Unknown(package.to_owned()))
+}
+
+/// Downloads that version of `package` into `folder`, without installing it, and gives the file.
+pub fn download(package: &str, version: &str, folder: &Path) -> Result<PathBuf, PackageError> {
+    let download = || {
+        let mut apt = Command::new("apt-get");
+        // Without its own sandbox user apt needs no permission of others on our folder.
+        apt.args(["download", "--option=APT::Sandbox::User=root"])
+            .arg(format!("{package}={version}"))
+            .current_dir(folder);
+        apt
+    };
+    if let Err(error) = command::capture(&mut download()) {
+        if !is_root() {
+            return Err(error.into());
+        }
+        update_lists()?;
+        command::capture(&mut download())?;
+    }
+    let start = format!("{package}_");
+    let files = std::fs::read_dir(folder).into_iter().flatten().flatten();
+    files
+        .map(|entry| entry.path())
+        .find(|path| {
+            let name = path.file_name().unwrap_or_default().to_string_lossy();
+            name.starts_with(&start) && name.ends_with(".deb")
+        })
+        .ok_or_else(|| PackageError::Unknown(format!("{package}={version}")))
 }
 
 /// Fetches apt's package lists anew.

@@ -1,7 +1,7 @@
 //! `cargo xtask testbed`: boots a virtual machine (L1) that has real GPU drivers and nested KVM, and runs
 //! the end-to-end tests of `tests/e2e` in it. `docs/testbed.md` explains it to people.
 //!
-//! One file per step: [`crate::packages`] -> [`kernel`] -> [`crate::programs`] -> [`boot`] -> [`initramfs`] -> [`machine`]. This
+//! One file per step: [`crate::packages`] -> [`kernel`] -> [`crate::programs`] -> [`boot`] -> [`mesa`] -> [`initramfs`] -> [`machine`]. This
 //! file holds the arguments and the order of the steps.
 
 use std::fs::{self, File};
@@ -24,6 +24,7 @@ mod cpio;
 mod initramfs;
 pub mod kernel;
 mod machine;
+mod mesa;
 mod report;
 
 /// What `cargo xtask testbed` can be told.
@@ -242,6 +243,7 @@ fn prepare_with(l1: &str) -> Result<Machine, Error> {
     };
     let (shared, boot) = (folder("shared")?, folder("boot")?);
     boot::write(&boot, &guests, &programs, &cache)?;
+    mesa::write(&boot.join("mesa.cpio"), &cache)?;
     let initramfs = cache.join("initramfs.cpio");
     initramfs::write(&initramfs, &kernel, &programs)?;
     Ok(Machine {

@@ -1,7 +1,10 @@
-//! `/init` of the Linux that the testbed boots in L2 under mini-vmm: says what machine it sees, draws on the GPU's node
-//! if the command line has `l2.draw=DRIVER`, checks its descriptors if that has `l2.descriptors=DRIVER`, the rest of it if
-//! that has `l2.semantics=DRIVER`, then ends the VM with the exit code of the command line's `l2.exit=N`.
-//! `tests/e2e/src/testbed/boot.rs` and `linux.rs` read what it says.
+//! `/init` of the Linux that the testbed boots in L2 under mini-vmm: says what machine it sees, does with the GPU what the
+//! command line asks for, then ends the VM with the exit code of the command line's `l2.exit=N`.
+//!
+//! `l2.draw=DRIVER` draws on the GPU's node with the program `native`, and loads and unloads the guest driver twice;
+//! `l2.descriptors=DRIVER` checks the node's descriptors with the program `node-descriptors`, `l2.semantics=DRIVER` the rest of it;
+//! `l2.run="COMMAND"` runs one command line of a shell with the guest driver loaded. `tests/e2e/src/testbed/` (`boot`,
+//! `linux`, `descriptors`, `semantics`, `mesa`) reads what it says.
 
 use std::fs;
 use std::os::fd::AsFd;
@@ -27,80 +30,100 @@ fn main() -> ExitCode {
 /// `TAINT_UNSIGNED_MODULE`); all others are the kernel's complaints.
 const OUR_TAINT: u64 = 1 << 12 | 1 << 13;
 
+/// The node that the guest driver makes.
+const NODE: &str = "/dev/dri/renderD128";
+
+/// The shell and its commands.
+const BUSYBOX: &str = "/bin/busybox";
+
 /// Loads the guest driver, draws on its node by the program `native`, unloads the driver, and all that once more.
-/// Fails if the kernel has complained of anything.
-fn draw(driver: &str, command_line: &str) -> Result<(), String> {
-    let device = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("virtio_mmio.device="))
-        .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
-    modules::load_all()?;
+fn draw(driver: &str, device: &str) -> Result<(), String> {
     for _ in 0..2 {
-        modules::load("pvgpu.ko", &format!("mmio={device}"))?;
-        let open = fs::File::open("/dev/dri/renderD128")
-            .map_err(|error| format!("cannot open the GPU's node: {error}"))?;
-        if syscall::unload_module(c"pvgpu").is_ok() {
-            return Err("the module was unloaded while its node was open".to_owned());
-        }
-        drop(open);
-        let status = Command::new("/bin/native")
-            .args(["--driver", driver])
-            .status()
-            .map_err(|error| format!("cannot start native: {error}"))?;
-        if !status.success() {
-            return Err(format!("native ended with {status}"));
-        }
-        syscall::unload_module(c"pvgpu")
-            .map_err(|error| format!("cannot unload the module: {error}"))?;
-        if fs::exists("/dev/dri/renderD128").unwrap_or(true) {
-            return Err("the node is still there without its module".to_owned());
-        }
+        with_driver(device, || {
+            let open =
+                fs::File::open(NODE).map_err(|error| format!("cannot open {NODE}: {error}"))?;
+            if syscall::unload_module(c"pvgpu").is_ok() {
+                return Err("the module was unloaded while its node was open".to_owned());
+            }
+            drop(open);
+            succeed(Command::new("/bin/native").args(["--driver", driver]))
+        })?;
     }
-    no_complaint()
+    Ok(())
+}
+
+/// Runs `line` by a shell with the guest driver loaded. The console has what it writes between two lines of ours.
+fn run(line: &str, device: &str) -> Result<(), String> {
+    succeed(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
+    with_driver(device, || {
+        println!("l2-init: running");
+        let result = succeed(
+            Command::new(BUSYBOX)
+                .args(["sh", "-c", line])
+                .current_dir("/tmp")
+                .env("PATH", "/bin")
+                .env("HOME", "/"),
+        );
+        println!("l2-init: done");
+        result
+    })
+}
+
+/// Does `job` with the guest driver loaded, then unloads it, which fails while anything has its node open.
+fn with_driver(device: &str, job: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+    modules::load("pvgpu.ko", &format!("mmio={device}"))?;
+    job()?;
+    syscall::unload_module(c"pvgpu")
+        .map_err(|error| format!("cannot unload the module: {error}"))?;
+    match fs::exists(NODE) {
+        Ok(false) => Ok(()),
+        _ => Err(format!("{NODE} is still there without its module")),
+    }
+}
+
+/// Runs `command`, which has to succeed.
+fn succeed(command: &mut Command) -> Result<(), String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    match command.status() {
+        Ok(status) if status.success() => Ok(()),
+        Ok(status) => Err(format!("{name} ended with {status}")),
+        Err(error) => Err(format!("cannot start {name}: {error}")),
+    }
 }
 
 /// Fails if the kernel has complained of anything.
 fn no_complaint() -> Result<(), String> {
-    let tainted = fs::read_to_string("/proc/sys/kernel/tainted")
-        .map_err(|error| format!("cannot read /proc/sys/kernel/tainted: {error}"))?;
+    let tainted = read("/proc/sys/kernel/tainted")?;
     match tainted.trim().parse::<u64>() {
         Ok(bits) if bits & !OUR_TAINT == 0 => Ok(()),
         _ => Err(format!("the kernel is tainted: {}", tainted.trim())),
     }
 }
 
-/// Loads the guest driver, checks the descriptors of its node by the program `node-descriptors`, and unloads the driver.
-/// Fails if the kernel has complained of anything.
-fn check_descriptors(driver: &str, command_line: &str) -> Result<(), String> {
-    let device = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("virtio_mmio.device="))
-        .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
-    syscall::mount(c"sysfs", c"/sys", c"sysfs", c"")
-        .map_err(|error| format!("cannot mount /sys: {error}"))?;
-    modules::load_all()?;
-    modules::load("pvgpu.ko", &format!("mmio={device}"))?;
-    let status = Command::new("/bin/node-descriptors")
-        .args(["--driver", driver, "--guest"])
-        .status()
-        .map_err(|error| format!("cannot start node-descriptors: {error}"))?;
-    if !status.success() {
-        return Err(format!("node-descriptors ended with {status}"));
+fn read(path: &str) -> Result<String, String> {
+    fs::read_to_string(path).map_err(|error| format!("cannot read {path}: {error}"))
+}
+
+/// The value of `name=VALUE` or `name="VALUE"` on the kernel's command line.
+fn parameter<'a>(command_line: &'a str, name: &str) -> Option<&'a str> {
+    let start = command_line.find(&format!(" {name}="))? + name.len() + 2;
+    let value = command_line.get(start..)?;
+    match value.strip_prefix('"') {
+        Some(quoted) => quoted.split('"').next(),
+        None => value.split_whitespace().next(),
     }
-    syscall::unload_module(c"pvgpu")
-        .map_err(|error| format!("cannot unload the module: {error}"))?;
-    no_complaint()
 }
 
 /// Ends the VM; returning at all is a failure.
 fn report_and_end() -> Result<(), String> {
-    for (kind, target) in [(c"devtmpfs", c"/dev"), (c"proc", c"/proc")] {
+    for (kind, target) in [
+        (c"devtmpfs", c"/dev"),
+        (c"proc", c"/proc"),
+        (c"sysfs", c"/sys"),
+    ] {
         syscall::mount(kind, target, kind, c"")
             .map_err(|error| format!("cannot mount {}: {error}", target.to_string_lossy()))?;
     }
-    let read = |path: &str| {
-        fs::read_to_string(path).map_err(|error| format!("cannot read {path}: {error}"))
-    };
     let processors = read("/proc/cpuinfo")?
         .lines()
         .filter(|line| line.starts_with("processor"))
@@ -113,29 +136,33 @@ fn report_and_end() -> Result<(), String> {
     println!("l2-init: {processors} processors, {} kB", kilobytes.trim());
 
     let command_line = read("/proc/cmdline")?;
-    let driver = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("l2.draw="));
-    if let Some(driver) = driver {
-        draw(driver, &command_line)?;
+    let [driver, checked, line] =
+        ["l2.draw", "l2.descriptors", "l2.run"].map(|name| parameter(&command_line, name));
+    if driver.or(checked).or(line).is_some() {
+        let device = parameter(&command_line, "virtio_mmio.device")
+            .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
+        modules::load_all()?;
+        if let Some(driver) = driver {
+            draw(driver, device)?;
+        }
+        if let Some(driver) = checked {
+            with_driver(device, || {
+                succeed(Command::new("/bin/node-descriptors").args(["--driver", driver, "--guest"]))
+            })?;
+        }
+        if let Some(line) = line {
+            run(line, device)?;
+        }
+        no_complaint()?;
     }
-    let driver = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("l2.descriptors="));
-    if let Some(driver) = driver {
-        check_descriptors(driver, &command_line)?;
-    }
-    let semantics = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("l2.semantics="));
+    let semantics = parameter(&command_line, "l2.semantics");
     if let Some(driver) = semantics {
         guest::run(driver, &command_line)?;
     }
     let address = debug_device::announced_address(&command_line)
         .ok_or("the command line does not say where the debug device is (pvgpu.debug=)")?;
-    let code = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("l2.exit=")?.parse().ok())
+    let code = parameter(&command_line, "l2.exit")
+        .and_then(|code| code.parse().ok())
         .ok_or("the command line has no l2.exit=N")?;
     // The VM ends at once; what the serial port has not sent by then is lost.
     syscall::drain_terminal(std::io::stdout().as_fd())

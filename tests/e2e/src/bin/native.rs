@@ -52,7 +52,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Option<Arguments> {
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     let mut node = open(arguments)?;
-    let driver = node.driver()?;
+    let (driver, version) = node.version()?;
     let scenario = arguments.scenario.as_ref().unwrap_or(&driver);
     let mut report = |name: &'static str, nanoseconds: u64| {
         println!(
@@ -61,7 +61,7 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             nanoseconds / 100 % 10
         );
     };
-    println!("{scenario} on {} ({driver})", node.path.display());
+    println!("{scenario} on {} ({driver} {version})", node.path.display());
     let picture = match scenario.as_str() {
         "soft" => soft::draw(&mut node, &mut report)?,
         "vgem" => vgem::draw(&mut node, &mut report)?,

@@ -4,7 +4,7 @@
 use std::time::Duration;
 
 use super::boot::{EXIT_CODE, PARAMETERS};
-use super::mini_vmm::start;
+use super::mini_vmm::{Running, start};
 use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, expected};
 use super::{Failure, Test};
 use crate::ensure;
@@ -47,39 +47,55 @@ pub const TESTS: &[Test] = &[
 /// Booting takes seconds, and the embedded GPU draws twice, emulated.
 const LIMIT: Duration = Duration::from_secs(120);
 
-fn draws(version: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
-    draw(version, gpu, doorbell, &[])
+/// A Linux to be started in L2.
+pub struct Guest<'a> {
+    /// Which kernel: a folder in `/boot`.
+    pub kernel: &'a str,
+    /// RAM, as mini-vmm is told.
+    pub memory: &'a str,
+    /// Processors.
+    pub cpus: &'a str,
+    /// What the first process is told beside its exit code ([`EXIT_CODE`]).
+    pub parameters: &'a str,
+    /// The GPU, as mini-vmm is told.
+    pub gpu: &'a str,
+    /// What else mini-vmm is told. An `--initrd` is unpacked after the kernel's own.
+    pub options: &'a [&'a str],
+}
+
+impl Guest<'_> {
+    /// Starts it.
+    pub fn start(&self) -> Result<Running, Failure> {
+        let folder = format!("/boot/{}", self.kernel);
+        let kernel = format!("{folder}/vmlinux");
+        let initramfs = format!("{folder}/l2.cpio");
+        let parameters = format!("{PARAMETERS} l2.exit={EXIT_CODE} {}", self.parameters);
+        let mut arguments = vec!["--kernel", &kernel, "--initrd", &initramfs];
+        arguments.extend(["--memory", self.memory, "--cpus", self.cpus]);
+        arguments.extend(["--cmdline", &parameters, "--gpu", self.gpu]);
+        arguments.extend(["--watchdog", "60"]);
+        arguments.extend(self.options);
+        start(&arguments)
+    }
+}
+
+fn draws(kernel: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+    draw(kernel, gpu, doorbell, &[])
 }
 
 /// Draws on the GPU in a guest with that kernel, once for each of two times that the module is loaded, and checks the
 /// pictures; mini-vmm gets `options`, too.
-pub fn draw(version: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
+pub fn draw(kernel: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
     let picture = expected(gpu)?;
-    let (kernel, initrd) = (
-        format!("/boot/{version}/vmlinux"),
-        format!("/boot/{version}/l2.cpio"),
-    );
-    let command_line = format!("{PARAMETERS} l2.exit={EXIT_CODE} l2.draw={}", gpu.name);
-    let argument = (gpu.argument)()?;
-    let arguments = [
-        "--kernel",
-        &kernel,
-        "--initrd",
-        &initrd,
-        "--memory",
-        "256M",
-        "--cpus",
-        "1",
-        "--cmdline",
-        &command_line,
-        "--gpu",
-        &argument,
-        "--doorbell",
-        doorbell,
-        "--watchdog",
-        "60",
-    ];
-    let ended = start(&[&arguments, options].concat())?.wait(LIMIT)?;
+    let guest = Guest {
+        kernel,
+        memory: "256M",
+        cpus: "1",
+        parameters: &format!("l2.draw={}", gpu.name),
+        gpu: &(gpu.argument)()?,
+        options: &[&["--doorbell", doorbell], options].concat(),
+    };
+    let ended = guest.start()?.wait(LIMIT)?;
     ended.expect(EXIT_CODE)?;
     let expected = format!(
         "picture {}x{} {:016x}",

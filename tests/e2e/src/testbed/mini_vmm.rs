@@ -92,6 +92,21 @@ impl Running {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
+    /// Waits until the guest has written `text`; a failure if it has not done so within `limit`, or has ended.
+    pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<(), Failure> {
+        let deadline = Instant::now() + limit;
+        while !self.output().contains(text) {
+            let ended = self.process.try_wait()?.is_some();
+            if ended || Instant::now() >= deadline {
+                return Err(
+                    format!("the guest never wrote `{text}`: {}", tail(&self.output())).into(),
+                );
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        Ok(())
+    }
+
     /// Waits for the end; mini-vmm is killed after `limit`, which is a failure.
     pub fn wait(mut self, limit: Duration) -> Result<Ended, Failure> {
         let deadline = Instant::now() + limit;
@@ -116,16 +131,7 @@ impl Running {
 
     /// Kills mini-vmm once its guest has written `text`; a failure if it has not done so within `limit`.
     pub fn kill_when(mut self, text: &str, limit: Duration) -> Result<(), Failure> {
-        let deadline = Instant::now() + limit;
-        while !self.output().contains(text) {
-            let ended = self.process.try_wait()?.is_some();
-            if ended || Instant::now() >= deadline {
-                return Err(
-                    format!("the guest never wrote `{text}`: {}", tail(&self.output())).into(),
-                );
-            }
-            std::thread::sleep(Duration::from_millis(1));
-        }
+        self.wait_for(text, limit)?;
         match self.process.try_wait()? {
             None => Ok(self.process.kill()?),
             Some(status) => {

@@ -20,6 +20,7 @@ const GUEST_PROGRAMS: &[Program] = &[
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
     programs::NODE_SEMANTICS,
+    programs::GLES,
 ];
 
 /// All that [`write`] wants built.
@@ -29,6 +30,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
     programs::NODE_SEMANTICS,
+    programs::GLES,
 ];
 
 /// The modules that a guest loads before the guest driver, beside those that either depends on: its GPU is on virtio-mmio.
@@ -76,7 +78,7 @@ fn link(source: &Path, target: &Path) -> Result<(), Error> {
     fs::rename(&partial, target).map_err(file_error("write", target))
 }
 
-/// The initramfs of a Linux in L2: `l2-init`, the guest driver, and programs that draw.
+/// The initramfs of a Linux in L2: `l2-init`, the guest driver, programs that draw, and a shell.
 fn guest(kernel: &Kernel, programs: &[Built], scratch: &Path) -> Result<Archive, Error> {
     let mut archive = Archive::new();
     for folder in ["dev", "proc", "sys", "tmp"] {
@@ -90,6 +92,7 @@ fn guest(kernel: &Kernel, programs: &[Built], scratch: &Path) -> Result<Archive,
             archive.program(&format!("bin/{}", built.program.name), built, scratch)?;
         }
     }
+    archive.file("bin/busybox", mode::PROGRAM, Path::new("/bin/busybox"))?;
     let module = scratch.join("pvgpu.ko");
     command::capture(
         Command::new("strip")

@@ -148,7 +148,7 @@ impl Archive {
 }
 
 /// The libraries that `program` is linked to, the dynamic linker included, by `ldd`. None for a static one.
-fn shared_libraries(program: &Path) -> Vec<PathBuf> {
+pub fn shared_libraries(program: &Path) -> Vec<PathBuf> {
     let listed = command::text(Command::new("ldd").arg(program)).unwrap_or_default();
     listed
         .lines()

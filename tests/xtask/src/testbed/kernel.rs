@@ -19,12 +19,12 @@ pub const GUESTS: &[(&str, &str)] = &[
     ("6.12", "linux-image-6.12-amd64"),
 ];
 
-/// The modules that L1 loads, with their parameters; what they depend on is found and loaded before them.
+/// The modules that L1 loads, in this order, with their parameters; what they depend on is found and loaded before them.
 pub const MODULES: &[(&str, &str)] = &[
     ("kvm_amd", "nested=1"),
-    ("vgem", ""),
     ("virtio_pci", ""), // what finds the GPU on the PCI bus
-    ("virtio_gpu", ""),
+    ("virtio_gpu", ""), // before other GPUs: EGL's default is /dev/dri/card0
+    ("vgem", ""),
     ("virtio_mmio", ""),  // how L2 finds its GPU
     ("9p", ""),           // the folder that L1 shares with L0 ...
     ("9pnet_virtio", ""), // ... and how it gets there
@@ -99,13 +99,14 @@ pub fn fetch(cache: &Path, meta: &str) -> Result<Kernel, Error> {
     })
 }
 
-/// Whether `folder` was extracted, with the modules and parameters that are wanted today.
+/// Whether `folder` was extracted, with the modules and parameters that are wanted today, in today's order.
 fn is_complete(folder: &Path) -> bool {
     fs::read_to_string(folder.join("modules/order")).is_ok_and(|order| {
+        let mut lines = order.lines();
         MODULES.iter().all(|module| {
-            order.lines().any(|line| {
-                line == order_line(module) || line.strip_prefix(BUILT_IN) == Some(module.0)
-            })
+            let built_in = |line: &str| line.strip_prefix(BUILT_IN) == Some(module.0);
+            // Goes on after the line of the module before.
+            order.lines().any(built_in) || lines.any(|line| line == order_line(module))
         })
     })
 }
@@ -154,26 +155,8 @@ fn extract(package: &str, version: &str, folder: &Path) -> Result<(), Error> {
     progress(format_args!(
         "downloading {package} {version} (once, about 70 MB)"
     ));
-    let download = || {
-        let mut apt = Command::new("apt-get");
-        // Without its own sandbox user apt needs no permission of others on our folder.
-        apt.args(["download", "--option=APT::Sandbox::User=root"])
-            .arg(format!("{package}={version}"))
-            .current_dir(folder);
-        apt
-    };
-    if let Err(error) = command::capture(&mut download()) {
-        if !packages::is_root() {
-            return Err(error.into());
-        }
-        packages::update_lists()?;
-        command::capture(&mut download())?;
-    }
+    let archive = packages::download(package, version, folder)?;
     progress(format_args!("extracting {package} (once)"));
-    let archive = files_below(folder)?
-        .into_iter()
-        .find(|path| path.extension().is_some_and(|extension| extension == "deb"))
-        .ok_or_else(|| Error::NoKernelPackage(package.to_owned()))?;
     let tree = folder.join("package");
     command::capture(
         Command::new("dpkg-deb")

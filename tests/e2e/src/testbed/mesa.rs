@@ -1,0 +1,239 @@
+//! A stock Mesa on virtio_gpu, in a Linux guest and natively: one command line runs in L1 and in L2, and both have to
+//! write the same. The programs are Debian's, but for `gles` (`tests/gles`), which prints a fingerprint of each frame.
+//!
+//! The first test that needs Mesa unpacks it in L1; guests get it beside their own initramfs.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+use std::time::Duration;
+
+use super::boot::EXIT_CODE;
+use super::linux::Guest;
+use super::mini_vmm::{Ended, Running};
+use super::pictures::VIRTIO_GPU;
+use super::{Failure, Test};
+use crate::drm_ioctl::{Kind, find};
+use crate::ensure;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "libdrm_finds_in_a_linux_6_1_guest_the_nodes_that_the_host_has",
+        run: || devices("6.1"),
+    },
+    Test {
+        name: "libdrm_finds_in_a_linux_6_12_guest_the_nodes_that_the_host_has",
+        run: || devices("6.12"),
+    },
+    Test {
+        name: "eglinfo_says_in_a_linux_6_1_guest_what_it_says_natively",
+        run: || eglinfo("6.1"),
+    },
+    Test {
+        name: "eglinfo_says_in_a_linux_6_12_guest_what_it_says_natively",
+        run: || eglinfo("6.12"),
+    },
+    Test {
+        name: "piglit_passes_in_a_linux_6_1_guest_as_it_does_natively",
+        run: || piglit("6.1"),
+    },
+    Test {
+        name: "piglit_passes_in_a_linux_6_12_guest_as_it_does_natively",
+        run: || piglit("6.12"),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_1_guest_frame_for_frame_what_it_draws_natively",
+        run: || gles("6.1"),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_12_guest_frame_for_frame_what_it_draws_natively",
+        run: || gles("6.12"),
+    },
+];
+
+/// The archive with Mesa and packaged programs.
+const ARCHIVE: &str = "/boot/mesa.cpio";
+
+/// The native node: virtio_gpu's driver comes up first in L1.
+const NODE: &str = "/dev/dri/renderD128";
+
+/// Booting, unpacking and drawing take a minute when the machine has other things to do.
+const LIMIT: Duration = Duration::from_secs(240);
+
+/// Unpacks the archive in L1, once.
+fn unpack() -> Result<(), Failure> {
+    if !Path::new("/bin/eglinfo").exists() {
+        let status = Command::new("/bin/busybox")
+            .args(["cpio", "-i", "-d", "-u"])
+            .current_dir("/")
+            .stdin(fs::File::open(ARCHIVE)?)
+            .stderr(Stdio::null())
+            .status()?;
+        ensure!(status.success(), "unpacking {ARCHIVE} ended with {status}");
+    }
+    let node = find("virtio_gpu", Kind::Render)?.path;
+    ensure!(
+        node == Path::new(NODE),
+        "virtio_gpu's node in L1 is {}, not {NODE}",
+        node.display()
+    );
+    Ok(())
+}
+
+/// The lines that a shell's `command` writes in L1; it has to succeed.
+fn native(command: &str) -> Result<Vec<String>, Failure> {
+    unpack()?;
+    let output = Command::new("/bin/busybox")
+        .args(["sh", "-c", command])
+        .current_dir("/tmp")
+        .env("PATH", "/bin")
+        .env("HOME", "/")
+        .stdin(Stdio::null())
+        .output()?;
+    let errors = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(
+        output.status.success(),
+        "`{command}` ended natively with {}: {errors}",
+        output.status
+    );
+    Ok(lines(&String::from_utf8_lossy(&output.stdout)))
+}
+
+/// Starts a guest that runs a shell's `command` with the guest driver loaded; it must have no double quotes.
+fn start(kernel: &str, cpus: &str, command: &str) -> Result<Running, Failure> {
+    Guest {
+        kernel,
+        memory: "1G",
+        cpus,
+        parameters: &format!("l2.run=\"{command}\""),
+        gpu: &(VIRTIO_GPU.argument)()?,
+        options: &["--doorbell", "inline", "--initrd", ARCHIVE],
+    }
+    .start()
+}
+
+/// The lines that the command in a guest has written; it has to have succeeded, with no complaint of the guest's kernel.
+fn written(ended: &Ended) -> Result<Vec<String>, Failure> {
+    ended.expect(EXIT_CODE)?;
+    let output = ended.output.replace('\r', "");
+    let found = output
+        .split_once("l2-init: running\n")
+        .and_then(|(_, rest)| rest.split_once("l2-init: done\n"));
+    let (found, _) = found.ok_or_else(|| format!("the guest ran nothing: {}", ended.tail()))?;
+    Ok(lines(found))
+}
+
+/// The lines that a shell's `command` writes in a guest.
+fn guest(kernel: &str, command: &str) -> Result<Vec<String>, Failure> {
+    written(&start(kernel, "1", command)?.wait(LIMIT)?)
+}
+
+fn lines(text: &str) -> Vec<String> {
+    text.lines()
+        .map(|line| line.trim_end().to_owned())
+        .collect()
+}
+
+/// Fails with the first line that differs.
+fn equal(native: &[String], guest: &[String]) -> Result<(), Failure> {
+    for index in 0..native.len().max(guest.len()) {
+        let (native, guest) = (native.get(index), guest.get(index));
+        ensure!(
+            native == guest,
+            "line {} is natively {native:?}, in the guest {guest:?}",
+            index + 1
+        );
+    }
+    Ok(())
+}
+
+/// What differs is the bus: the host's device is on PCI, the guest's node belongs to a platform device.
+fn devices(kernel: &str) -> Result<(), Failure> {
+    // First the driver's name, version, date and description, then one block for each device.
+    let command = "native --driver virtio_gpu | grep renderD; drmdevice";
+    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    ensure!(
+        native
+            .first()
+            .is_some_and(|line| line.contains("virtio_gpu 0.1")),
+        "natively the driver's version is {:?}",
+        native.first()
+    );
+    equal(&native[..1], guest.get(..1).unwrap_or_default())?;
+    // From the line that names a device to the one before its bus, of the device with that bus.
+    let nodes = |lines: &[String], bus: &str| -> Vec<String> {
+        let mut block = Vec::new();
+        for line in lines {
+            if line.starts_with("device[") {
+                block.clear();
+            } else if let Some(kind) = line.strip_prefix("+-> bustype ") {
+                if kind == bus {
+                    return block;
+                }
+            } else {
+                block.push(line.clone());
+            }
+        }
+        Vec::new()
+    };
+    const PCI: &str = "0000";
+    const PLATFORM: &str = "0002";
+    let count = "--- Devices reported 1 ---";
+    ensure!(
+        guest.iter().any(|line| line == count),
+        "the guest has not one GPU: {guest:?}"
+    );
+    let expected = nodes(&native, PCI);
+    ensure!(
+        expected.iter().any(|line| line.ends_with(NODE)),
+        "natively there is no GPU on PCI: {native:?}"
+    );
+    equal(&expected, &nodes(&guest, PLATFORM))
+}
+
+/// Vendor, version, extensions and framebuffer configurations on the GBM platform.
+fn eglinfo(kernel: &str) -> Result<(), Failure> {
+    let command = "eglinfo 2>/dev/null | sed -n '/^GBM platform/,/^Wayland platform/p'";
+    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    for expected in [
+        "EGL vendor string: Mesa Project",
+        "EGL driver name: virtio_gpu",
+    ] {
+        ensure!(
+            native.iter().any(|line| line == expected),
+            "natively eglinfo does not say `{expected}` but {native:?}"
+        );
+    }
+    equal(&native, &guest)
+}
+
+/// Programs that draw, read back, and decide whether the picture is right.
+fn piglit(kernel: &str) -> Result<(), Failure> {
+    let command = "cd /piglit; export LD_LIBRARY_PATH=lib PIGLIT_PLATFORM=gbm; \
+        for t in bin/[^s]*; do echo $t $($t -auto -fbo 2>&1 | grep PIGLIT:); done; \
+        for t in $(find . -name '*.shader_test' | sort); do \
+        echo $t $(bin/shader_runner_gles3 $t -auto -fbo 2>&1 | grep PIGLIT:); done";
+    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    ensure!(native.len() > 8, "piglit has run only {native:?}");
+    for line in &native {
+        ensure!(
+            line.ends_with("PIGLIT: {\"result\": \"pass\" }"),
+            "natively: {line}"
+        );
+    }
+    equal(&native, &guest)
+}
+
+/// Renderer, and the fingerprint of each frame of each scene: two of them share a buffer between two processes.
+fn gles(kernel: &str) -> Result<(), Failure> {
+    let command = "gles --scene all --frames 3";
+    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    ensure!(
+        native
+            .first()
+            .is_some_and(|line| line.starts_with("renderer virgl "))
+            && native.len() > 30,
+        "natively gles has drawn only {native:?}"
+    );
+    equal(&native, &guest)
+}
