@@ -55,6 +55,7 @@ const FENCES: &[Check] = &[
         "hundreds_of_fences_that_nobody_waits_for_cost_nothing",
         dropped_fences,
     ),
+    ("threads_wait_for_fences_and_close_them_at_once", threads),
 ];
 
 /// Where fences can be told to signal late.
@@ -66,6 +67,10 @@ const LATE: &[Check] = &[
     (
         "late_fences_can_be_closed_and_their_holders_killed",
         abandoned_fences,
+    ),
+    (
+        "more_late_fences_than_the_host_watches_at_a_time_all_signal",
+        many_late_fences,
     ),
 ];
 
@@ -689,6 +694,36 @@ fn dropped_fences(gpu: &Gpu) -> Result<(), Failure> {
     polled_fence(gpu)
 }
 
+fn threads(gpu: &Gpu) -> Result<(), Failure> {
+    let rounds = |thread: u64| {
+        let mut node = gpu.open()?;
+        let mut last = gpu.submit(&mut node, None)?;
+        for round in 0..60 {
+            let fence = gpu.submit(&mut node, Some(last.as_fd()))?;
+            match (round + thread) % 4 {
+                // Closed with nobody interested, just after somebody was, and while it is in another one.
+                0 => {}
+                1 => drop(calls::poll(fence.as_fd(), libc::POLLIN, Duration::ZERO)?),
+                2 => drop(calls::merge(fence.as_fd(), last.as_fd())?),
+                _ => {
+                    let events = calls::poll(fence.as_fd(), libc::POLLIN, SOON)?;
+                    same("poll", events, libc::POLLIN)?;
+                }
+            }
+            last = fence;
+        }
+        Ok(())
+    };
+    thread::scope(|scope| {
+        let threads: Vec<_> = (0..4)
+            .map(|thread| scope.spawn(move || rounds(thread)))
+            .collect();
+        threads
+            .into_iter()
+            .try_for_each(|thread| thread.join().map_err(|_| "a thread panicked")?)
+    })
+}
+
 fn late_fence(gpu: &Gpu) -> Result<(), Failure> {
     let mut node = gpu.open()?;
     let quick = gpu.submit(&mut node, None)?;
@@ -708,6 +743,25 @@ fn late_fence(gpu: &Gpu) -> Result<(), Failure> {
     same("poll of both at last", events, libc::POLLIN)?;
     let events = calls::poll(fence.as_fd(), libc::POLLIN, SOON)?;
     same("poll of the late one at last", events, libc::POLLIN)
+}
+
+/// More than a host watches at a time; it says that it has no room, and is asked again.
+fn many_late_fences(gpu: &Gpu) -> Result<(), Failure> {
+    let mut node = gpu.open()?;
+    let mut other = gpu.open()?;
+    let mut fences = vec![hang(&mut node)?];
+    for _ in 0..150 {
+        fences.push(gpu.submit(&mut node, None)?);
+        fences.push(gpu.submit(&mut other, None)?);
+    }
+    for fence in &fences {
+        calls::poll(fence.as_fd(), libc::POLLIN, Duration::ZERO)?;
+    }
+    for fence in &fences {
+        let events = calls::poll(fence.as_fd(), libc::POLLIN, SOON)?;
+        same("poll at last", events, libc::POLLIN)?;
+    }
+    Ok(())
 }
 
 fn abandoned_fences(gpu: &Gpu) -> Result<(), Failure> {
