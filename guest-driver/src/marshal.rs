@@ -134,6 +134,10 @@ pub fn scatter<C: Caller + ?Sized>(
     if payload.len() != layout.response {
         return Err(Errno::EPROTO);
     }
+    if ioctl.writes_back() {
+        let bytes = payload.get(..layout.argument).ok_or(Errno::EPROTO)?;
+        decode_struct(ioctl.argument, bytes, address, caller)?;
+    }
     for array in layout.arrays.iter().filter(|array| array.length > 0) {
         let Some(start) = array.response else {
             continue;
@@ -152,10 +156,6 @@ pub fn scatter<C: Caller + ?Sized>(
             _ => caller.write(array.address, bytes)?,
         }
     }
-    if ioctl.writes_back() {
-        let bytes = payload.get(..layout.argument).ok_or(Errno::EPROTO)?;
-        decode_struct(ioctl.argument, bytes, address, caller)?;
-    }
     Ok(())
 }
 
@@ -167,6 +167,24 @@ fn decode_struct<C: Caller + ?Sized>(
     address: u64,
     caller: &mut C,
 ) -> Result<(), Errno> {
+    // Descriptors first: an object that has none when a write fails would stay open on the host.
+    for field in structure.fields {
+        let Kind::Fd(Direction::Out | Direction::InOut, descriptor, flags) =
+            *field.kind(structure, bytes)
+        else {
+            continue;
+        };
+        let flags = flags.map_or(CLOSE_ON_EXEC, |flags| {
+            signed(structure.read(bytes, flags)).cast_unsigned()
+        });
+        let fd = match signed(field.read(bytes)) {
+            object if object > 0 => caller.fd(object, descriptor, flags)?,
+            _ => -1,
+        };
+        if field.range().end <= bytes.len() {
+            caller.write(address + u64::from(field.offset), &fd.to_le_bytes())?;
+        }
+    }
     let mut write = |range: Range<usize>| match bytes.get(range.clone()) {
         Some(bytes) if !bytes.is_empty() => caller.write(address + range.start as u64, bytes),
         _ => Ok(()),
@@ -188,25 +206,7 @@ fn decode_struct<C: Caller + ?Sized>(
             run.end = range.end;
         }
     }
-    write(run)?;
-    for field in structure.fields {
-        let Kind::Fd(Direction::Out | Direction::InOut, descriptor, flags) =
-            *field.kind(structure, bytes)
-        else {
-            continue;
-        };
-        let flags = flags.map_or(CLOSE_ON_EXEC, |flags| {
-            signed(structure.read(bytes, flags)).cast_unsigned()
-        });
-        let fd = match signed(field.read(bytes)) {
-            object if object > 0 => caller.fd(object, descriptor, flags)?,
-            _ => -1,
-        };
-        if field.range().end <= bytes.len() {
-            caller.write(address + u64::from(field.offset), &fd.to_le_bytes())?;
-        }
-    }
-    Ok(())
+    write(run)
 }
 
 /// `O_CLOEXEC`.

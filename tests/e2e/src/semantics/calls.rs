@@ -47,6 +47,11 @@ pub const CHECKS: &[Check] = &[
         expected: "all by Signal(9)",
     },
     Check {
+        name: "a descriptor whose number cannot be written",
+        run: unwritable,
+        expected: "EFAULT",
+    },
+    Check {
         name: "four threads at once, beside one that waits",
         run: threads,
         expected: "all right",
@@ -201,6 +206,23 @@ fn killed_makers(gpu: &Gpu) -> Result<Option<String>, Failure> {
         }
     }
     Ok(Some("all by Signal(9)".to_owned()))
+}
+
+/// The argument is in memory that can only be read; what the call has made must not be left on the host either.
+fn unwritable(gpu: &Gpu) -> Result<Option<String>, Failure> {
+    let fd = gpu.open()?;
+    let buffer = gpu.buffer(fd.as_fd(), 1)?;
+    let page = system::map_low()?;
+    let export = PrimeHandleToFd {
+        handle: buffer.handle,
+        flags: prime::CLOEXEC | prime::RDWR,
+        fd: -1,
+    };
+    system::store(page, export);
+    system::protect(page, system::PAGE, libc::PROT_READ)?;
+    let seen = word(system::ioctl_at(fd.as_fd(), PRIME_HANDLE_TO_FD, page));
+    unmap(page, system::PAGE)?;
+    Ok(Some(seen))
 }
 
 fn threads(gpu: &Gpu) -> Result<Option<String>, Failure> {

@@ -53,6 +53,12 @@ pub fn ioctl_at(fd: BorrowedFd<'_>, command: u32, address: usize) -> Result<i32,
     check(unsafe { libc::ioctl(fd.as_raw_fd(), command.into(), address) })
 }
 
+/// Copies a value to where `map` or `map_low` gave memory.
+pub fn store<T: IntoBytes>(address: usize, value: T) {
+    // SAFETY: by the sentence above; nothing else is there.
+    unsafe { (address as *mut T).write_unaligned(value) }
+}
+
 /// One ioctl by the system call of 32-bit programs, with an argument below 4 GiB ([`map_low`]).
 pub fn ioctl_32(fd: BorrowedFd<'_>, command: u32, address: usize) -> Result<i32, Errno> {
     const SYS_IOCTL_32: u64 = 54;
