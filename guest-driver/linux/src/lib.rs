@@ -1,4 +1,4 @@
-//! The Rust half of the Linux module: what `driver.c` and `node.c` call for each operation of a device file.
+//! The Rust half of the Linux module: what the C files call for each operation of a device file.
 //!
 //! - [`entry`]: one function per operation, in C's calling convention.
 //! - [`device`]: the device as a [`pvgpu_guest_driver::channel::Channel`], one for each call.
