@@ -34,11 +34,7 @@ pub fn run(
     doorbell: Doorbell,
     line: impl FnMut(&str) + Send + 'static,
 ) -> Result<Run, VmError> {
-    let lines = Lines(Arc::new(Mutex::new(Spoken {
-        lines: Vec::new(),
-        rest: Vec::new(),
-        heard: Box::new(line),
-    })));
+    let lines = Lines::new(line);
     let mut config = VmConfig::new(guest);
     config.cmdline = command_line.into();
     config.gpu = Some(Gpu {
@@ -76,9 +72,9 @@ fn dimensions(line: &str) -> Option<(u32, u32)> {
     Some((width.parse().ok()?, height.parse().ok()?))
 }
 
-/// The serial console's lines.
+/// The serial console's lines: a sink for [`Console`].
 #[derive(Clone)]
-struct Lines(Arc<Mutex<Spoken>>);
+pub struct Lines(Arc<Mutex<Spoken>>);
 
 struct Spoken {
     lines: Vec<String>,
@@ -87,6 +83,15 @@ struct Spoken {
 }
 
 impl Lines {
+    /// Calls `heard` for each line, on the thread of the vCPU that prints it, which waits meanwhile.
+    pub fn new(heard: impl FnMut(&str) + Send + 'static) -> Lines {
+        Lines(Arc::new(Mutex::new(Spoken {
+            lines: Vec::new(),
+            rest: Vec::new(),
+            heard: Box::new(heard),
+        })))
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Spoken> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

@@ -8,6 +8,7 @@ pub mod descriptors;
 pub mod drm_ioctl;
 pub mod gate;
 pub mod guest_vm;
+pub mod linux_demo;
 pub mod loopback;
 pub mod loopback_file;
 pub mod modules;

@@ -28,7 +28,8 @@ pub fn read_png(path: &Path) -> io::Result<Picture> {
     decode_png(io::BufReader::new(File::open(path)?))
 }
 
-fn decode_png(input: impl io::BufRead + io::Seek) -> io::Result<Picture> {
+/// Reads a PNG of eight bits for each of red, green, blue and alpha from `input`.
+pub fn decode_png(input: impl io::BufRead + io::Seek) -> io::Result<Picture> {
     let mut reader = png::Decoder::new(input).read_info()?;
     let size = reader.output_buffer_size().unwrap_or(0);
     let mut rgba = vec![0; size];

@@ -23,6 +23,8 @@ mod semantics;
 mod vgem;
 mod virtio_gpu;
 
+pub use mesa::{ARCHIVE as MESA, unpack as unpack_mesa};
+
 /// Why a test failed; becomes one line.
 pub type Failure = Box<dyn std::error::Error>;
 

@@ -99,7 +99,7 @@ fn bench_measures_a_scene_in_three_ways() {
     for what in ["draw", "read", "processor"] {
         let rate = &json["measured"][0]["rates"][what];
         assert!(rate["frames"].as_u64().unwrap() > 0, "{what}: {json}");
-        assert!(rate["seconds"].as_f64().unwrap() >= 0.1, "{what}: {json}");
+        assert!(rate["seconds"].as_f64().unwrap() >= 0.02, "{what}: {json}");
     }
 }
 

@@ -10,6 +10,7 @@ mod command;
 mod demo;
 mod dkms;
 mod docs;
+mod linux_demo;
 mod lock_file;
 mod packages;
 mod programs;
@@ -37,6 +38,8 @@ enum Task {
     Docs(docs::Arguments),
     /// Boot a guest that draws a picture on the paravirtual GPU, and write it to demo.png
     Demo(demo::Arguments),
+    /// Draw with a stock Mesa in a Debian guest, beside the same drawn natively, and write both to linux-demo.png
+    LinuxDemo(linux_demo::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
     /// Print what `mini-vmm run --trace` recorded, a line per request
@@ -49,6 +52,7 @@ fn main() -> ExitCode {
         Task::Testbed(arguments) => testbed::run(&arguments),
         Task::Docs(arguments) => docs::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
+        Task::LinuxDemo(arguments) => linux_demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Trace(arguments) => trace::run(&arguments),
     }

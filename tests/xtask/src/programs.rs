@@ -73,6 +73,18 @@ pub const NODE_DESCRIPTORS: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Draws natively and in a Linux guest, and compares.
+pub const LINUX_DEMO: Program = Program {
+    name: "linux-demo",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
+/// First process of its guest.
+pub const LINUX_DEMO_GUEST: Program = Program {
+    name: "linux-demo-guest",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Measures in a guest.
 pub const BENCH: Program = Program {
     name: "bench",

@@ -16,7 +16,10 @@ use crate::command::CommandError;
 use crate::packages::{self, PackageError};
 use crate::programs::{self, BuildError};
 use crate::say::say;
+pub use kernel::GUESTS;
 pub use machine::{Ended, Machine};
+pub use report::is_kernel_message;
+
 use report::Report;
 
 mod boot;

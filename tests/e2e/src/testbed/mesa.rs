@@ -52,7 +52,7 @@ pub const TESTS: &[Test] = &[
 ];
 
 /// The archive with Mesa and packaged programs.
-const ARCHIVE: &str = "/boot/mesa.cpio";
+pub const ARCHIVE: &str = "/boot/mesa.cpio";
 
 /// The native node: virtio_gpu's driver comes up first in L1.
 const NODE: &str = "/dev/dri/renderD128";
@@ -61,7 +61,7 @@ const NODE: &str = "/dev/dri/renderD128";
 const LIMIT: Duration = Duration::from_secs(240);
 
 /// Unpacks the archive in L1, once.
-fn unpack() -> Result<(), Failure> {
+pub fn unpack() -> Result<(), Failure> {
     if !Path::new("/bin/eglinfo").exists() {
         let status = Command::new("/bin/busybox")
             .args(["cpio", "-i", "-d", "-u"])

@@ -17,6 +17,7 @@ use crate::programs::{self, Built, Program};
 /// Our programs in the initramfs of a guest, each in `/bin` by its name, but for its first process.
 const GUEST_PROGRAMS: &[Program] = &[
     programs::L2_INIT,
+    programs::LINUX_DEMO_GUEST,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
     programs::NODE_SEMANTICS,
@@ -27,6 +28,7 @@ const GUEST_PROGRAMS: &[Program] = &[
 pub const PROGRAMS: &[Program] = &[
     programs::TEST_GUEST,
     programs::L2_INIT,
+    programs::LINUX_DEMO_GUEST,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
     programs::NODE_SEMANTICS,

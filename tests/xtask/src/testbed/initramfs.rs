@@ -16,6 +16,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::NODE_DESCRIPTORS,
     programs::NODE_SEMANTICS,
     programs::GLES,
+    programs::LINUX_DEMO,
     programs::BENCH,
     programs::MINI_VMM,
 ];

@@ -124,7 +124,7 @@ impl Report {
 }
 
 /// Whether a line starts as the kernel's do: `[    8.653269] `.
-fn is_kernel_message(line: &str) -> bool {
+pub fn is_kernel_message(line: &str) -> bool {
     line.strip_prefix('[')
         .and_then(|rest| rest.split_once("] "))
         .is_some_and(|(time, _)| time.trim_start().parse::<f64>().is_ok())
