@@ -6,7 +6,7 @@
 
 use std::fs::{self, File};
 use std::io;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
@@ -64,6 +64,10 @@ pub struct Arguments {
     /// Debian's package of L1's kernel, such as linux-image-6.12-amd64
     #[arg(long, value_name = "PACKAGE", default_value = kernel::L1, value_parser = package)]
     kernel: String,
+
+    /// A folder of Linux sources in which a kernel was built: guests boot it instead of Debian's 6.1
+    #[arg(long, value_name = "FOLDER")]
+    guest_kernel: Option<PathBuf>,
 
     /// End the machine after this many seconds, counted from its start
     #[arg(
@@ -191,7 +195,8 @@ fn progress(text: std::fmt::Arguments) {
 
 /// Runs the task; everything that goes wrong is one line on standard error.
 pub fn run(arguments: &Arguments) -> ExitCode {
-    let code = prepare_with(&arguments.kernel).and_then(|machine| {
+    let machine = prepare_with(&arguments.kernel, arguments.guest_kernel.as_deref());
+    let code = machine.and_then(|machine| {
         if arguments.shell {
             progress(format_args!(
                 "{} in L1; Ctrl-A x ends the machine",
@@ -216,11 +221,11 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 
 /// Everything up to a machine that can be started, with the programs as they are now.
 pub fn prepare() -> Result<Machine, Error> {
-    prepare_with(kernel::L1)
+    prepare_with(kernel::L1, None)
 }
 
-/// As [`prepare`], with the kernel of another package.
-fn prepare_with(l1: &str) -> Result<Machine, Error> {
+/// As [`prepare`], with the kernel of another package in L1, and one of other sources in L2.
+fn prepare_with(l1: &str, l2: Option<&Path>) -> Result<Machine, Error> {
     let cache = programs::target_directory()?.join("testbed");
     fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
     // Two runs at once share the cache: one prepares it at a time.
@@ -232,7 +237,13 @@ fn prepare_with(l1: &str) -> Result<Machine, Error> {
     let kernel = kernel::fetch(&cache, l1)?;
     let guests = kernel::GUESTS
         .iter()
-        .map(|(name, package)| Ok((*name, kernel::fetch(&cache, package)?)))
+        .map(|(name, package)| {
+            let kernel = match l2 {
+                Some(sources) if *name == "6.1" => kernel::built(&cache, sources)?,
+                _ => kernel::fetch(&cache, package)?,
+            };
+            Ok((*name, kernel))
+        })
         .collect::<Result<Vec<_>, Error>>()?;
     progress(format_args!("building the programs for L1 and L2"));
     let mut programs = initramfs::PROGRAMS.to_vec();

@@ -91,13 +91,41 @@ fn succeed(command: &mut Command) -> Result<(), String> {
     }
 }
 
-/// Fails if the kernel has complained of anything.
+/// Fails if the kernel has complained of anything. One that checks itself (docs/contributing.md) does not say all by a taint.
 fn no_complaint() -> Result<(), String> {
     let tainted = read("/proc/sys/kernel/tainted")?;
     match tainted.trim().parse::<u64>() {
-        Ok(bits) if bits & !OUR_TAINT == 0 => Ok(()),
-        _ => Err(format!("the kernel is tainted: {}", tainted.trim())),
+        Ok(bits) if bits & !OUR_TAINT == 0 => {}
+        _ => return Err(format!("the kernel is tainted: {}", tainted.trim())),
     }
+    // Lockdep stops at its first report.
+    if fs::exists("/proc/lockdep_stats").is_ok_and(|there| there) {
+        let statistics = read("/proc/lockdep_stats")?;
+        let working = |line: &str| {
+            line.trim_start()
+                .strip_prefix("debug_locks:")
+                .map(str::trim)
+                == Some("1")
+        };
+        if !statistics.lines().any(working) {
+            return Err("lockdep has reported something, see above".to_owned());
+        }
+    }
+    const LEAKS: &str = "/sys/kernel/debug/kmemleak";
+    if syscall::mount(c"debugfs", c"/sys/kernel/debug", c"debugfs", c"").is_ok()
+        && fs::exists(LEAKS).is_ok_and(|there| there)
+    {
+        // What is older than five seconds, and found twice, is lost.
+        for _ in 0..2 {
+            std::thread::sleep(std::time::Duration::from_secs(6));
+            fs::write(LEAKS, "scan").map_err(|error| format!("cannot write {LEAKS}: {error}"))?;
+        }
+        let leaks = read(LEAKS)?;
+        if !leaks.is_empty() {
+            return Err(format!("the kernel has lost memory:\n{leaks}"));
+        }
+    }
+    Ok(())
 }
 
 fn read(path: &str) -> Result<String, String> {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 use std::process::Command;
 
 use super::cpio::{Archive, mode};
-use super::kernel::{self, Kernel};
+use super::kernel::{self, Headers, Kernel};
 use super::{Error, file_error};
 use crate::command;
 use crate::packages;
@@ -111,21 +111,28 @@ fn guest(kernel: &Kernel, programs: &[Built], scratch: &Path) -> Result<Archive,
 
 /// Builds the guest driver for `kernel` and gives the module.
 fn linux_module(kernel: &Kernel) -> Result<PathBuf, Error> {
-    let headers = kernel.headers();
     packages::install_missing(packages::LINUX_MODULE)?;
-    packages::install_missing(&[&headers])?;
+    let (headers, name) = match &kernel.headers {
+        Headers::Package(package) => {
+            packages::install_missing(&[package])?;
+            (Path::new("/usr/src").join(package), package.as_str())
+        }
+        Headers::Sources(folder) => (folder.clone(), "built"),
+    };
     let folder = programs::target_directory()?
         .with_file_name("guest-driver")
         .join("linux");
+    let out = folder.join("build").join(name);
     command::capture(
         Command::new("make")
             .args(["--silent", "-C"])
             .arg(&folder)
-            .arg(format!("KDIR=/usr/src/{headers}"))
+            .arg(format!("KDIR={}", headers.display()))
+            .arg(format!("OUT={}", out.display()))
             .arg("W=1e") // no warning may be left
             // This task's own cargo has set variables that are not meant for another compiler.
             .env_remove("RUSTC")
             .env_remove("RUSTUP_TOOLCHAIN"),
     )?;
-    Ok(folder.join("build").join(headers).join("pvgpu.ko"))
+    Ok(out.join("pvgpu.ko"))
 }

@@ -40,15 +40,19 @@ pub struct Kernel {
     pub bzimage: PathBuf,
     /// Modules in loading order: file, parameters.
     pub modules: Vec<(PathBuf, String)>,
+    /// What modules for it are built with.
+    pub headers: Headers,
+}
+
+/// What the modules of a kernel are built with.
+pub enum Headers {
+    /// Debian's package of this name; they are in a folder of that name in `/usr/src`.
+    Package(String),
+    /// The sources that the kernel itself was built of.
+    Sources(PathBuf),
 }
 
 impl Kernel {
-    /// The package with the headers that modules for it are built with; they are in a folder of that name in `/usr/src`.
-    pub fn headers(&self) -> String {
-        let package = self.version.split(' ').next().unwrap_or_default();
-        package.replacen("linux-image-", "linux-headers-", 1)
-    }
-
     /// Those of [`Self::modules`] that are in `wanted`, and those they depend on, in loading order. A name that is not there
     /// is taken for part of the kernel itself.
     pub fn modules_for(&self, wanted: &[String]) -> Result<Vec<(PathBuf, String)>, Error> {
@@ -88,6 +92,7 @@ pub fn fetch(cache: &Path, meta: &str) -> Result<Kernel, Error> {
     let modules = fs::read_to_string(&order).map_err(file_error("read", &order))?;
     Ok(Kernel {
         version: format!("{package} {version}"),
+        headers: Headers::Package(package.replacen("linux-image-", "linux-headers-", 1)),
         elf: folder.join("vmlinux"),
         bzimage: folder.join("bzImage"),
         modules: modules
@@ -96,6 +101,25 @@ pub fn fetch(cache: &Path, meta: &str) -> Result<Kernel, Error> {
             .map(|line| line.split_once(' ').unwrap_or((line, "")))
             .map(|(file, parameters)| (folder.join("modules").join(file), parameters.to_owned()))
             .collect(),
+    })
+}
+
+/// The kernel that was built of the sources in the folder `sources`, without modules; what it boots from goes to `cache`.
+pub fn built(cache: &Path, sources: &Path) -> Result<Kernel, Error> {
+    let sources = fs::canonicalize(sources).map_err(file_error("find", sources))?;
+    let built = sources.join("arch/x86/boot/bzImage");
+    let folder = cache.join("built");
+    fs::create_dir_all(&folder).map_err(file_error("create", &folder))?;
+    let bzimage = folder.join("bzImage");
+    fs::copy(&built, &bzimage).map_err(file_error("copy", &built))?;
+    let elf = folder.join("vmlinux");
+    fs::write(&elf, uncompressed_elf(&bzimage)?).map_err(file_error("write", &elf))?;
+    Ok(Kernel {
+        version: sources.display().to_string(),
+        elf,
+        bzimage,
+        modules: Vec::new(),
+        headers: Headers::Sources(sources),
     })
 }
 
