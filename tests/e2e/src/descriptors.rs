@@ -789,7 +789,7 @@ fn child_hold(socket: &UnixStream, sent: &File) -> Result<(), Failure> {
     Ok(())
 }
 
-/// What [`Gpu::child`] has started.
+/// What `Gpu::child` has started.
 pub fn child(gpu: &Gpu, what: &str) -> Result<(), Failure> {
     let socket = UnixStream::from(io::stdin().as_fd().try_clone_to_owned()?);
     let mut byte = [0];

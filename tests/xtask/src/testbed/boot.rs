@@ -24,7 +24,7 @@ const GUEST_PROGRAMS: &[Program] = &[
     programs::GLES,
 ];
 
-/// All that [`write`] wants built.
+/// All that [`write()`] wants built.
 pub const PROGRAMS: &[Program] = &[
     programs::TEST_GUEST,
     programs::L2_INIT,
