@@ -30,18 +30,23 @@ struct pvgpu_config {
 
 /* How long a wait that no signal ends may last: far longer than a host takes to end a request that was cancelled. */
 #define PVGPU_SOON (10 * HZ)
+/* Bytes of a short message: among these are all that let something on the host go. */
+#define PVGPU_SHORT 256
 
 struct pvgpu_message *pvgpu_message_new(size_t request, size_t response)
 {
 	size_t offset = ALIGN(request, L1_CACHE_BYTES);
 	struct pvgpu_message *message;
 	bool inside;
+	gfp_t flags;
 
 	if (request > KMALLOC_MAX_SIZE || response > KMALLOC_MAX_SIZE)
 		return NULL;
+	/* What a process has on the host must not stay there because its memory is at the limit, for which it may be dying. */
+	flags = offset + response <= PVGPU_SHORT ? GFP_KERNEL | __GFP_NOFAIL : GFP_KERNEL_ACCOUNT;
 	/* A buffer of several pages need not be in one piece of memory, and starts a page. */
 	inside = offset + response <= PAGE_SIZE;
-	message = kzalloc(struct_size(message, inside, inside ? offset + response : 0), GFP_KERNEL_ACCOUNT);
+	message = kzalloc(struct_size(message, inside, inside ? offset + response : 0), flags);
 	if (!message)
 		return NULL;
 	if (!inside)
