@@ -90,27 +90,38 @@ size_t pvgpu_message_written(const struct pvgpu_message *message)
 	return message->state == PVGPU_COMPLETE ? message->written : 0;
 }
 
-/* Lists the pieces of memory that a part of a message lies in. */
-static int pvgpu_message_list(u8 *bytes, size_t length, struct sg_table *list)
+/* The pieces of memory that a part of a message lies in; nearly always one. */
+struct pvgpu_pieces {
+	struct scatterlist one;
+	struct sg_table several;
+};
+
+/* Gives the list, or NULL without memory. */
+static struct scatterlist *pvgpu_pieces_list(struct pvgpu_pieces *pieces, u8 *bytes, size_t length)
 {
 	unsigned int count = PFN_UP(length), index;
 	struct page **pages;
 	int error;
 
 	if (!is_vmalloc_addr(bytes)) {
-		error = sg_alloc_table(list, 1, GFP_KERNEL);
-		if (!error)
-			sg_set_buf(list->sgl, bytes, length);
-		return error;
+		pieces->several.sgl = NULL;
+		sg_init_one(&pieces->one, bytes, length);
+		return &pieces->one;
 	}
 	pages = kvmalloc_array(count, sizeof(*pages), GFP_KERNEL);
 	if (!pages)
-		return -ENOMEM;
+		return NULL;
 	for (index = 0; index < count; index++)
 		pages[index] = vmalloc_to_page(bytes + index * PAGE_SIZE);
-	error = sg_alloc_table_from_pages(list, pages, count, 0, length, GFP_KERNEL);
+	error = sg_alloc_table_from_pages(&pieces->several, pages, count, 0, length, GFP_KERNEL);
 	kvfree(pages);
-	return error;
+	return error ? NULL : pieces->several.sgl;
+}
+
+static void pvgpu_pieces_free(struct pvgpu_pieces *pieces)
+{
+	if (pieces->several.sgl)
+		sg_free_table(&pieces->several);
 }
 
 /* Queues a message; -ENOSPC when there is no room for it now. */
@@ -141,20 +152,18 @@ static int pvgpu_message_queue(struct pvgpu_message *message, struct scatterlist
 int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_queue *queue, size_t length,
 			 enum pvgpu_patience patience)
 {
-	struct sg_table out, in;
+	struct pvgpu_pieces out, in;
 	struct scatterlist *lists[2];
-	int error, waited;
+	int error = -ENOMEM, waited;
 
 	if (message->state != PVGPU_FILLING || !length || length > message->request)
 		return -EINVAL;
-	error = pvgpu_message_list(message->bytes, length, &out);
-	if (error)
+	lists[0] = pvgpu_pieces_list(&out, message->bytes, length);
+	if (!lists[0])
 		return error;
-	error = pvgpu_message_list(message->bytes + message->response_offset, message->response, &in);
-	if (error)
+	lists[1] = pvgpu_pieces_list(&in, message->bytes + message->response_offset, message->response);
+	if (!lists[1])
 		goto free;
-	lists[0] = out.sgl;
-	lists[1] = in.sgl;
 	message->queue = queue;
 	if (patience == PVGPU_SOON_ONLY)
 		waited = wait_event_timeout(queue->room, (error = pvgpu_message_queue(message, lists)) != -ENOSPC,
@@ -166,9 +175,9 @@ int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_queue *queu
 						  (error = pvgpu_message_queue(message, lists)) != -ENOSPC);
 	if (waited)
 		error = waited == -ERESTARTSYS ? -EINTR : waited;
-	sg_free_table(&in);
+	pvgpu_pieces_free(&in);
 free:
-	sg_free_table(&out);
+	pvgpu_pieces_free(&out);
 	return error;
 }
 
