@@ -417,6 +417,7 @@ static void pvgpu_stop(struct pvgpu *device)
 		struct pvgpu_queue *queue = &device->queues[index];
 
 		spin_lock_irq(&queue->lock);
+		pvgpu_queue_take(queue);
 		while ((message = virtqueue_detach_unused_buf(queue->ring))) {
 			if (message->state == PVGPU_ABANDONED) {
 				llist_add(&message->abandoned, &queue->abandoned);
@@ -428,8 +429,8 @@ static void pvgpu_stop(struct pvgpu *device)
 		wake_up_all(&queue->room);
 		spin_unlock_irq(&queue->lock);
 	}
-	device->virtio->config->del_vqs(device->virtio);
 	pvgpu_event_stop(device);
+	device->virtio->config->del_vqs(device->virtio);
 }
 
 static int pvgpu_probe(struct virtio_device *virtio)

@@ -27,8 +27,8 @@ static void pvgpu_event_offer(struct pvgpu *device, struct pvgpu_event *event)
 	struct scatterlist list;
 
 	sg_init_one(&list, event, sizeof(*event));
-	/* There is room: the ring is as long as there are buffers. */
-	WARN_ON_ONCE(virtqueue_add_inbuf(device->event_ring, &list, 1, event, GFP_ATOMIC));
+	/* There is room, since the ring is as long as there are buffers; one that is broken gives no events anyway. */
+	virtqueue_add_inbuf(device->event_ring, &list, 1, event, GFP_ATOMIC);
 }
 
 int pvgpu_event_start(struct pvgpu *device)
@@ -85,13 +85,19 @@ void pvgpu_event_used(struct virtqueue *ring)
 		virtqueue_notify(ring);
 }
 
+/* After the device was reset. */
 void pvgpu_event_stop(struct pvgpu *device)
 {
 	struct pvgpu_watch *watch;
 	struct hlist_node *next;
-	unsigned int bucket;
+	unsigned int bucket, written;
 
 	spin_lock_irq(&device->watch_lock);
+	/* An interrupt that is still under way finds nothing. */
+	while (virtqueue_get_buf(device->event_ring, &written))
+		;
+	while (virtqueue_detach_unused_buf(device->event_ring))
+		;
 	hash_for_each_safe(device->watches, bucket, next, watch, link)
 		pvgpu_watch_happened(watch, -ENODEV);
 	spin_unlock_irq(&device->watch_lock);
