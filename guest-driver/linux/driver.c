@@ -494,6 +494,23 @@ static void pvgpu_remove(struct virtio_device *virtio)
 	pvgpu_node_remove(device);
 }
 
+#ifdef CONFIG_PM
+/* The host would lose all that processes have there. */
+static int pvgpu_freeze(struct virtio_device *virtio)
+{
+	dev_err(&virtio->dev, "a GPU of the host cannot be suspended: suspend the VM, or remove the module pvgpu before\n");
+	return -EBUSY;
+}
+#endif
+
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+/* The next kernel (kexec) may have other things where the device still writes to. Debian's 6.12 sees to that itself. */
+static void pvgpu_shutdown(struct device *device)
+{
+	pvgpu_stop(dev_to_virtio(device)->priv);
+}
+#endif
+
 static const struct virtio_device_id pvgpu_ids[] = {
 	{ PVGPU_DEVICE_ID, VIRTIO_DEV_ANY_ID },
 	{ 0 },
@@ -506,6 +523,12 @@ static struct virtio_driver pvgpu_driver = {
 	.id_table = pvgpu_ids,
 	.probe = pvgpu_probe,
 	.remove = pvgpu_remove,
+#ifdef CONFIG_PM
+	.freeze = pvgpu_freeze,
+#endif
+#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
+	.driver.shutdown = pvgpu_shutdown,
+#endif
 };
 
 /*
