@@ -55,7 +55,7 @@ static void pvgpu_fence_end(struct pvgpu_fence *fence, int result)
 		dma_fence_set_error(&fence->base, max(result, -MAX_ERRNO));
 	else if (!(result & POLLIN))
 		dma_fence_set_error(&fence->base, -EIO);
-	else if (!device->signaled && atomic_read(&device->node->open_count))
+	else if (!device->signaled && device->opens)
 		device->signaled = pvgpu_object_get(fence->object);
 	dma_fence_signal_locked(&fence->base);
 }

@@ -53,6 +53,9 @@ static int pvgpu_open(struct drm_device *node, struct drm_file *drm_file)
 	mutex_init(&open->watch_start);
 	open->watch.happened = pvgpu_opened_happened;
 	drm_file->driver_priv = &open->file;
+	spin_lock_irq(&device->watch_lock);
+	device->opens++;
+	spin_unlock_irq(&device->watch_lock);
 	return 0;
 }
 
@@ -60,11 +63,16 @@ static void pvgpu_close(struct drm_device *node, struct drm_file *drm_file)
 {
 	struct pvgpu_file *file = drm_file->driver_priv;
 	struct pvgpu_opened *open = container_of(file, struct pvgpu_opened, file);
+	struct pvgpu *device = file->device;
+	bool last;
 
-	pvgpu_watch_cancel(file->device, &open->watch);
-	pvgpu_rust_close(file->device, file->device->host, file->object);
-	if (atomic_read(&node->open_count) == 1)
-		pvgpu_fence_forget_signaled(file->device);
+	pvgpu_watch_cancel(device, &open->watch);
+	pvgpu_rust_close(device, device->host, file->object);
+	spin_lock_irq(&device->watch_lock);
+	last = !--device->opens;
+	spin_unlock_irq(&device->watch_lock);
+	if (last)
+		pvgpu_fence_forget_signaled(device);
 	kfree(open);
 }
 

@@ -87,7 +87,8 @@ struct pvgpu {
 	spinlock_t watch_lock;		/* all that follows, and the fences */
 	struct virtqueue *event_ring;
 	struct pvgpu_event *events;
-	struct pvgpu_object *signaled;	/* some fence that is */
+	unsigned int opens;		/* of the node */
+	struct pvgpu_object *signaled;	/* some fence that is, while there are any */
 	DECLARE_HASHTABLE(watches, 6);
 };
 
