@@ -145,6 +145,9 @@ static ssize_t pvgpu_read(struct file *filp, char __user *buffer, size_t length,
 		if (result < 0)
 			break;
 	}
+	/* Who polls for edges (EPOLLET) does not ask again before the next one. */
+	if ((result >= 0 || result == -EAGAIN) && waitqueue_active(&open->readable) && pvgpu_readable(open) > 0)
+		wake_up_all(&open->readable);
 	return result == -EINTR && signal_pending(current) ? -ERESTARTSYS : result;
 }
 
