@@ -73,7 +73,7 @@ pub struct Arguments {
     #[arg(
         long,
         value_name = "SECONDS",
-        default_value_t = 600,
+        default_value_t = 1500,
         conflicts_with = "shell"
     )]
     time_limit: u64,

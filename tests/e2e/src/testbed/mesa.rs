@@ -3,10 +3,11 @@
 //!
 //! The first test that needs Mesa unpacks it in L1; guests get it beside their own initramfs.
 
+use std::collections::BTreeMap;
 use std::fs;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::boot::EXIT_CODE;
 use super::linux::Guest;
@@ -48,6 +49,14 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "gles_draws_in_a_linux_6_12_guest_frame_for_frame_what_it_draws_natively",
         run: || gles("6.12"),
+    },
+    Test {
+        name: "four_gles_at_once_in_a_linux_guest_draw_what_one_draws_natively",
+        run: || four_at_once("6.1"),
+    },
+    Test {
+        name: "gles_killed_fifty_times_while_it_draws_leaves_nothing_behind_in_the_host",
+        run: || killed("6.1"),
     },
 ];
 
@@ -236,4 +245,152 @@ fn gles(kernel: &str) -> Result<(), Failure> {
         "natively gles has drawn only {native:?}"
     );
     equal(&native, &guest)
+}
+
+fn four_at_once(kernel: &str) -> Result<(), Failure> {
+    let one = "gles --scene all --frames 1";
+    let four = format!("for i in 1 2 3 4; do {one} > $i & done; wait; cat 1 2 3 4");
+    let native = native(one)?;
+    ensure!(native.len() > 10, "natively gles has drawn only {native:?}");
+    let ended = start(kernel, "2", &four)?.wait(LIMIT)?;
+    let guest = written(&ended)?;
+    ensure!(
+        guest.len() == 4 * native.len(),
+        "four programs have written {} lines, one natively {}: {}",
+        guest.len(),
+        native.len(),
+        ended.tail()
+    );
+    guest
+        .chunks(native.len())
+        .try_for_each(|guest| equal(&native, guest))
+}
+
+/// How often a program is killed; two loops at once do it.
+const KILLS: usize = 50;
+
+/// Each program needs seconds until it draws: LLVM is large, and emulated memory slow.
+const KILLS_LIMIT: Duration = Duration::from_secs(450);
+
+/// In the guest one program draws to its end, then the guest waits for a line on its console while L1 counts what
+/// mini-vmm holds; then programs are killed after their first frames, in the middle of another one, and L1 counts again.
+fn killed(kernel: &str) -> Result<(), Failure> {
+    unpack()?;
+    let command = format!(
+        "gles --scene knot --frames 2 >/dev/null; echo counting; read go; \
+        kills() {{ mkfifo $1; for n in $(seq {}); do gles --scene $1 --frames 100000 >$1 & p=$!; \
+        {{ for line in $(seq $((n % 3 + 2))); do read line; done; kill -9 $p; }} <$1; \
+        wait $p; echo ended $?; done; }}; \
+        kills knot & kills sharing & wait; gles --scene knot --frames 2 >/dev/null; echo counting again; read go",
+        KILLS / 2
+    );
+    let mut guest = start(kernel, "2", &command)?;
+    guest.wait_for("counting", LIMIT)?;
+    let before = Held::by(guest.process())?;
+    println!("before: {before}");
+    guest.type_line("go")?;
+    guest.wait_for("counting again", KILLS_LIMIT)?;
+    // What a process leaves is taken away when it ends, and that may still be going on.
+    let deadline = Instant::now() + Duration::from_secs(5);
+    let mut after = Held::by(guest.process())?;
+    while !after.at_most(&before) && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(50));
+        after = Held::by(guest.process())?;
+    }
+    println!("after:  {after}");
+    guest.type_line("go")?;
+    let written = written(&guest.wait(LIMIT)?)?;
+    // 128 and the number of SIGKILL.
+    let kills = written.iter().filter(|line| *line == "ended 137").count();
+    ensure!(
+        kills == KILLS,
+        "{kills} programs of {KILLS} were killed while they drew: {written:?}"
+    );
+    ensure!(
+        after.at_most(&before),
+        "more is held in L1 after {KILLS} kills: {after}; before: {before}"
+    );
+    Ok(())
+}
+
+/// What L1 holds for a guest.
+struct Held {
+    /// mini-vmm's file descriptors, by what they are of.
+    descriptors: BTreeMap<String, usize>,
+    /// mini-vmm's mappings of GPU memory.
+    mappings: usize,
+    /// Open files of all DRM drivers, by DRM's own list.
+    clients: usize,
+    /// dma-bufs of the whole machine, by the kernel's own list.
+    dma_bufs: usize,
+    /// Memory of the whole machine in shmem, where virtio_gpu has its GEM objects, in kB.
+    shmem: usize,
+}
+
+impl Held {
+    fn by(process: u32) -> Result<Self, Failure> {
+        let mut descriptors = BTreeMap::new();
+        for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+            // One may be closed meanwhile.
+            let Ok(target) = fs::read_link(entry?.path()) else {
+                continue;
+            };
+            // `anon_inode:[eventfd]`, `/dmabuf:`, `socket:[123]`: without numbers.
+            let name = target.to_string_lossy();
+            let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || "[]".contains(c));
+            *descriptors.entry(name.to_owned()).or_default() += 1;
+        }
+        let maps = fs::read_to_string(format!("/proc/{process}/maps"))?;
+        let mappings = maps
+            .lines()
+            .filter(|line| line.contains("/dev/dri/") || line.contains("dmabuf"))
+            .count();
+        let mut clients = 0;
+        for entry in fs::read_dir("/sys/kernel/debug/dri")? {
+            // The first line has the columns' names.
+            let list = fs::read_to_string(entry?.path().join("clients")).unwrap_or_default();
+            clients += list.lines().count().saturating_sub(1);
+        }
+        let dma_bufs = fs::read_to_string("/sys/kernel/debug/dma_buf/bufinfo")?;
+        let dma_bufs = dma_bufs.lines().find_map(|line| {
+            let (count, _) = line.strip_prefix("Total ")?.split_once(' ')?;
+            count.parse().ok()
+        });
+        let memory = fs::read_to_string("/proc/meminfo")?;
+        let shmem = memory.lines().find_map(|line| {
+            let kilobytes = line.strip_prefix("Shmem:")?.strip_suffix("kB")?;
+            kilobytes.trim().parse().ok()
+        });
+        Ok(Held {
+            descriptors,
+            mappings,
+            clients,
+            dma_bufs: dma_bufs.ok_or("the kernel does not list its dma-bufs")?,
+            shmem: shmem.ok_or("the kernel does not say how much is in shmem")?,
+        })
+    }
+
+    /// Whether nothing is more than in `before`. Log files of this machine are in shmem, too: less than one program has
+    /// there is not counted.
+    fn at_most(&self, before: &Held) -> bool {
+        const LOGS: usize = 512;
+        let count = |held: &Held, name: &str| held.descriptors.get(name).copied().unwrap_or(0);
+        self.descriptors
+            .keys()
+            .all(|name| count(self, name) <= count(before, name))
+            && self.mappings <= before.mappings
+            && self.clients <= before.clients
+            && self.dma_bufs <= before.dma_bufs
+            && self.shmem <= before.shmem + LOGS
+    }
+}
+
+impl std::fmt::Display for Held {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(
+            f,
+            "descriptors {:?}, {} mappings of GPU memory, {} DRM files, {} dma-bufs, {} kB of shmem",
+            self.descriptors, self.mappings, self.clients, self.dma_bufs, self.shmem
+        )
+    }
 }

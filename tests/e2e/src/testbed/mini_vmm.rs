@@ -1,6 +1,7 @@
 //! Running mini-vmm in L1 with a time limit, for the tests that have a guest.
 
 use std::fs::{self, File};
+use std::io::Write;
 use std::path::PathBuf;
 use std::process::{Child, Command, Stdio};
 use std::sync::atomic::{AtomicU32, Ordering};
@@ -64,7 +65,7 @@ pub fn start(arguments: &[&str]) -> Result<Running, Failure> {
     let process = Command::new("/bin/mini-vmm")
         .arg("run")
         .args(arguments)
-        .stdin(Stdio::null())
+        .stdin(Stdio::piped())
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()
@@ -90,6 +91,18 @@ impl Running {
     /// What mini-vmm and its guest have written so far.
     pub fn output(&self) -> String {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
+    }
+
+    /// The id of mini-vmm's process.
+    pub fn process(&self) -> u32 {
+        self.process.id()
+    }
+
+    /// Types `line` on the guest's console.
+    pub fn type_line(&mut self, line: &str) -> Result<(), Failure> {
+        let input = self.process.stdin.as_mut().ok_or("mini-vmm has no input")?;
+        writeln!(input, "{line}")?;
+        Ok(())
     }
 
     /// Waits until the guest has written `text`; a failure if it has not done so within `limit`, or has ended.
