@@ -503,14 +503,6 @@ static int pvgpu_freeze(struct virtio_device *virtio)
 }
 #endif
 
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
-/* The next kernel (kexec) may have other things where the device still writes to. Debian's 6.12 sees to that itself. */
-static void pvgpu_shutdown(struct device *device)
-{
-	pvgpu_stop(dev_to_virtio(device)->priv);
-}
-#endif
-
 static const struct virtio_device_id pvgpu_ids[] = {
 	{ PVGPU_DEVICE_ID, VIRTIO_DEV_ANY_ID },
 	{ 0 },
@@ -525,9 +517,6 @@ static struct virtio_driver pvgpu_driver = {
 	.remove = pvgpu_remove,
 #ifdef CONFIG_PM
 	.freeze = pvgpu_freeze,
-#endif
-#if LINUX_VERSION_CODE < KERNEL_VERSION(6, 12, 0)
-	.driver.shutdown = pvgpu_shutdown,
 #endif
 };
 
