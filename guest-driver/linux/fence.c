@@ -14,8 +14,9 @@
 
 #include "pvgpu.h"
 
-/* After how long to ask again when the host had no room for the question. */
+/* After how long to ask again when the host had no room for the question: first, and at most. */
 #define PVGPU_ASK_AGAIN msecs_to_jiffies(10)
+#define PVGPU_ASK_AGAIN_MAX msecs_to_jiffies(320)
 /* In the fence's flags: somebody is interested. */
 #define PVGPU_FENCE_WANTED DMA_FENCE_FLAG_USER_BITS
 
@@ -24,6 +25,7 @@ struct pvgpu_fence {
 	struct pvgpu_object *object;
 	struct pvgpu_watch watch;
 	struct delayed_work ask;	/* holds a reference of the fence */
+	unsigned long again;	/* after how long */
 	struct work_struct release;
 };
 
@@ -72,7 +74,8 @@ static void pvgpu_fence_ask(struct work_struct *work)
 	int result = pvgpu_watch(&fence->object->file, &fence->watch, POLLIN);
 
 	if (result == -EAGAIN || result == -ENOMEM) {
-		queue_delayed_work(pvgpu_workqueue, &fence->ask, PVGPU_ASK_AGAIN);
+		queue_delayed_work(pvgpu_workqueue, &fence->ask, fence->again);
+		fence->again = min(2 * fence->again, PVGPU_ASK_AGAIN_MAX);
 		return;
 	}
 	if (result) {
@@ -136,6 +139,7 @@ struct file *pvgpu_fence_file(struct pvgpu_object *object)
 	fence->object = pvgpu_object_get(object);
 	fence->watch.happened = pvgpu_fence_happened;
 	INIT_DELAYED_WORK(&fence->ask, pvgpu_fence_ask);
+	fence->again = PVGPU_ASK_AGAIN;
 	INIT_WORK(&fence->release, pvgpu_fence_free);
 	/* The host's fences signal in any order, so each has a context of its own. */
 	dma_fence_init(&fence->base, &pvgpu_fence_operations, &object->file.device->watch_lock,

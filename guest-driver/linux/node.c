@@ -18,6 +18,9 @@
 #define PVGPU_OPEN_RDWR 2
 #define PVGPU_OPEN_NONBLOCK 04000
 
+/* After how long a reader looks again when the host had no room for the question whether there is something. */
+#define PVGPU_LOOK_AGAIN msecs_to_jiffies(10)
+
 /* --- the node --- */
 
 /* One open of the node. */
@@ -123,6 +126,9 @@ static __poll_t pvgpu_poll(struct file *filp, poll_table *table)
 	/* The caller sees the signal itself. */
 	if (result == -EINTR || result == -ERESTARTSYS)
 		return 0;
+	/* The host has no room for the question now: let the caller try to read, and ask again. */
+	if (result == -EAGAIN || result == -ENOMEM)
+		return EPOLLIN | EPOLLRDNORM;
 	if (result < 0)
 		return result == -ENODEV ? EPOLLERR | EPOLLHUP : EPOLLERR;
 	return demangle_poll(result);
@@ -142,6 +148,8 @@ static ssize_t pvgpu_read(struct file *filp, char __user *buffer, size_t length,
 		if (!result)
 			result = wait_event_interruptible(open->readable,
 							  !pvgpu_watching(file->device, &open->watch));
+		else if (result == -EAGAIN || result == -ENOMEM)
+			result = schedule_timeout_interruptible(PVGPU_LOOK_AGAIN) ? -EINTR : 0;
 		if (result < 0)
 			break;
 	}

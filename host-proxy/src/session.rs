@@ -496,7 +496,7 @@ impl Shared {
         if !waits {
             return Ok(Some(operation(&Cancel::new())));
         }
-        let (booked, cancel) = self.book(id)?;
+        let (booked, cancel) = self.book(id, self.limits.in_flight)?;
         self.start(|| {
             let complete = complete();
             Box::new(move || {
@@ -509,10 +509,10 @@ impl Shared {
         Ok(None)
     }
 
-    /// Counts a request as one in flight.
-    fn book(self: &Arc<Self>, id: u64) -> Result<(Booked, Arc<Cancel>), Errno> {
+    /// Counts a request as one in flight; `EAGAIN` when there are `limit` already.
+    fn book(self: &Arc<Self>, id: u64, limit: u32) -> Result<(Booked, Arc<Cancel>), Errno> {
         let cancel = Arc::new(Cancel::new());
-        let limit = usize::try_from(self.limits.in_flight).unwrap_or(usize::MAX);
+        let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let mut state = self.state();
         require(!state.ended, Errno::ENODEV)?;
         require(state.in_flight.len() < limit, Errno::EAGAIN)?;
@@ -536,7 +536,9 @@ impl Shared {
         if ready != 0 {
             return Ok(i32::try_from(ready).unwrap_or(0));
         }
-        let (booked, cancel) = self.book(id)?;
+        // Watches leave a quarter to requests: many of them must not keep a guest's calls from waiting.
+        let limit = self.limits.in_flight;
+        let (booked, cancel) = self.book(id, limit - limit / 4)?;
         self.start(|| {
             Box::new(move || {
                 let events = match poll(None, &cancel) {

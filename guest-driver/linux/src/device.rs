@@ -19,18 +19,14 @@ pub struct Call {
 }
 
 impl Call {
-    /// A way to that device; a call that is interruptible ends with any signal, others only with one that kills.
+    /// A way to that device for a call that waits so patiently.
     ///
     /// # Safety
     ///
     /// Only in process context; the device must outlive it.
-    pub unsafe fn new(device: *mut Device, interruptible: bool) -> Self {
+    pub unsafe fn new(device: *mut Device, patience: Patience) -> Self {
         // SAFETY: the device is alive.
         let queue = unsafe { kernel::pvgpu_queue_here(device) };
-        let patience = match interruptible {
-            true => Patience::Interruptible,
-            false => Patience::Killable,
-        };
         Self { queue, patience }
     }
 }

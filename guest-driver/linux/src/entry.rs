@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use crate::device::Call;
-use crate::kernel::{self, Device};
+use crate::kernel::{self, Device, Patience};
 use crate::process::Process;
 use core::ffi::{c_char, c_int};
 use pvgpu_guest_driver::constants::Constants;
@@ -29,7 +29,8 @@ pub struct Shared {
     constants: Constants,
 }
 
-/// The session of one call. As on the kernel's own nodes, no signal but one that kills interrupts other calls than ioctls.
+/// The session of one call. As on the kernel's own nodes, no signal but one that kills interrupts other calls than ioctls; and
+/// none those that give something back, which would be lost.
 ///
 /// # Safety
 ///
@@ -37,12 +38,12 @@ pub struct Shared {
 unsafe fn session<'a>(
     device: *mut Device,
     host: *const Shared,
-    interruptible: bool,
+    patience: Patience,
 ) -> Session<'a, Call> {
     // SAFETY: the caller's promise; nobody writes what is shared but through its atomics.
     let (shared, channel, first) = unsafe {
         let first = kernel::pvgpu_take_ids(device, IDS);
-        (&*host, Call::new(device, interruptible), first)
+        (&*host, Call::new(device, patience), first)
     };
     Session::share(channel, shared.host, first).with_constants(&shared.constants)
 }
@@ -67,7 +68,8 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
     error: &mut c_int,
 ) -> *mut Shared {
     // SAFETY: the caller's promise.
-    let session = match Session::connect(unsafe { Call::new(device, false) }, "linux") {
+    let session = match Session::connect(unsafe { Call::new(device, Patience::Killable) }, "linux")
+    {
         Ok(session) => session,
         Err(errno) => {
             *error = -errno.number();
@@ -104,7 +106,7 @@ pub unsafe extern "C" fn pvgpu_rust_open(
     flags: u32,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::Killable) };
     number(session.open(flags).map(|object| object.0))
 }
 
@@ -120,7 +122,7 @@ pub unsafe extern "C" fn pvgpu_rust_close(
     object: c_int,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::SoonOnly) };
     number(session.close(ObjectId(object)).map(|()| 0))
 }
 
@@ -138,8 +140,12 @@ pub unsafe extern "C" fn pvgpu_rust_ioctl(
     address: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let (mut session, mut process) =
-        unsafe { (session(device, host, true), Process::current(device)) };
+    let (mut session, mut process) = unsafe {
+        (
+            session(device, host, Patience::Interruptible),
+            Process::current(device),
+        )
+    };
     number(session.ioctl(ObjectId(object), command, address, &mut process))
 }
 
@@ -159,7 +165,7 @@ pub unsafe extern "C" fn pvgpu_rust_map(
     aperture_offset: &mut u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::Killable) };
     let mapped = session.map(ObjectId(object), offset, length, protection);
     number(mapped.and_then(|mapping| {
         let end = mapping.aperture_offset.checked_add(length);
@@ -184,7 +190,7 @@ pub unsafe extern "C" fn pvgpu_rust_unmap(
     length: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::SoonOnly) };
     let mapping = Mapping {
         aperture_offset,
         length,
@@ -209,8 +215,12 @@ pub unsafe extern "C" fn pvgpu_rust_read(
     length: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let (mut session, mut process) =
-        unsafe { (session(device, host, true), Process::current(device)) };
+    let (mut session, mut process) = unsafe {
+        (
+            session(device, host, Patience::Interruptible),
+            Process::current(device),
+        )
+    };
     let mut room = [0; READ_ROOM];
     let length = usize::try_from(length).map_or(READ_ROOM, |length| length.min(READ_ROOM));
     number((|| {
@@ -233,7 +243,7 @@ pub unsafe extern "C" fn pvgpu_rust_wait(
     events: u32,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, true) };
+    let mut session = unsafe { session(device, host, Patience::Interruptible) };
     number(session.poll(ObjectId(object), events, -1).map(positive))
 }
 
@@ -251,7 +261,7 @@ pub unsafe extern "C" fn pvgpu_rust_watch(
     events: u32,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::Killable) };
     number(session.watch(id, ObjectId(object), events).map(positive))
 }
 
@@ -267,7 +277,7 @@ pub unsafe extern "C" fn pvgpu_rust_cancel(
     id: u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::SoonOnly) };
     number(session.cancel(id).map(|()| 0))
 }
 
@@ -284,7 +294,7 @@ pub unsafe extern "C" fn pvgpu_rust_size(
     size: &mut u64,
 ) -> c_int {
     // SAFETY: the caller's promise.
-    let mut session = unsafe { session(device, host, false) };
+    let mut session = unsafe { session(device, host, Patience::Killable) };
     number(session.size(ObjectId(object)).map(|bytes| {
         *size = bytes;
         0

@@ -783,3 +783,16 @@ fn a_watched_fence_of_the_embedded_gpu_is_reported_when_the_work_ends() {
     let event = session.channel().event().event();
     assert_eq!((event.id.get(), event.events.get()), (ID, IN));
 }
+
+#[test]
+fn watches_leave_places_in_flight_to_requests_that_wait() {
+    let mut guest = Watcher::with_limits(Limits {
+        in_flight: 4,
+        ..Limits::default()
+    });
+    for id in ID..ID + 3 {
+        assert_eq!(guest.watch(id), Ok(0));
+    }
+    assert_eq!(guest.watch(ID + 3), Err(Errno::EAGAIN));
+    assert_eq!(guest.session.poll(guest.file, IN, 1_000_000), Ok(0));
+}
