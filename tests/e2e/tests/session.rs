@@ -794,5 +794,11 @@ fn watches_leave_places_in_flight_to_requests_that_wait() {
         assert_eq!(guest.watch(id), Ok(0));
     }
     assert_eq!(guest.watch(ID + 3), Err(Errno::EAGAIN));
-    assert_eq!(guest.session.poll(guest.file, IN, 1_000_000), Ok(0));
+    let gate = Arc::clone(&guest.gate);
+    let opened = std::thread::spawn(move || {
+        std::thread::sleep(Duration::from_millis(50));
+        gate.set(IN);
+    });
+    assert_eq!(guest.session.poll(guest.file, IN, -1), Ok(IN));
+    opened.join().unwrap();
 }
