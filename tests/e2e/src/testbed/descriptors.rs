@@ -73,7 +73,7 @@ fn in_guest(version: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
         "--initrd",
         &format!("/boot/{version}/l2.cpio"),
         "--memory",
-        "256M",
+        "512M",
         "--cpus",
         "2",
         "--cmdline",

@@ -89,7 +89,7 @@ pub fn draw(kernel: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result
     let picture = expected(gpu)?;
     let guest = Guest {
         kernel,
-        memory: "256M",
+        memory: "512M",
         cpus: "1",
         parameters: &format!("l2.draw={}", gpu.name),
         gpu: &(gpu.argument)()?,

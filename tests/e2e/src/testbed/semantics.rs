@@ -59,7 +59,7 @@ fn semantics(version: &str, gpu: &Gpu, doorbell: &str, native: bool) -> Result<(
         "--initrd",
         &format!("/boot/{version}/l2.cpio"),
         "--memory",
-        "256M",
+        "512M",
         "--cpus",
         "2",
         "--cmdline",
