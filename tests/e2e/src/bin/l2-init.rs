@@ -9,7 +9,6 @@
 use std::fs;
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode};
-use std::time::Instant;
 
 use pvgpu_e2e::semantics::guest;
 use pvgpu_e2e::{debug_device, modules, syscall};
@@ -72,11 +71,7 @@ fn run(line: &str, device: &str) -> Result<(), String> {
 
 /// Does `job` with the guest driver loaded, then unloads it, which fails while anything has its node open.
 fn with_driver(device: &str, job: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
-    let start = Instant::now();
     modules::load("pvgpu.ko", &format!("mmio={device}"))?;
-    drop(fs::File::open(NODE).map_err(|error| format!("cannot open {NODE}: {error}"))?);
-    let milliseconds = start.elapsed().as_secs_f64() * 1e3;
-    println!("l2-init: the node could be opened {milliseconds:.1} ms after insmod began");
     job()?;
     syscall::unload_module(c"pvgpu")
         .map_err(|error| format!("cannot unload the module: {error}"))?;
