@@ -23,6 +23,8 @@ fn main() -> ExitCode {
     if let Err(error) = report_and_end() {
         println!("l2-init: {error}");
     }
+    // The kernel panics when its first process ends, and ends the VM; what the serial port has not sent by then is lost.
+    let _ = syscall::drain_terminal(std::io::stdout().as_fd());
     ExitCode::FAILURE
 }
 

@@ -51,12 +51,20 @@ pub const TESTS: &[Test] = &[
         run: || gles("6.12"),
     },
     Test {
-        name: "four_gles_at_once_in_a_linux_guest_draw_what_one_draws_natively",
+        name: "four_gles_at_once_in_a_linux_6_1_guest_draw_what_one_draws_natively",
         run: || four_at_once("6.1"),
     },
     Test {
-        name: "gles_killed_fifty_times_while_it_draws_leaves_nothing_behind_in_the_host",
+        name: "four_gles_at_once_in_a_linux_6_12_guest_draw_what_one_draws_natively",
+        run: || four_at_once("6.12"),
+    },
+    Test {
+        name: "gles_killed_fifty_times_in_a_linux_6_1_guest_leaves_nothing_behind_in_the_host",
         run: || killed("6.1"),
+    },
+    Test {
+        name: "gles_killed_fifty_times_in_a_linux_6_12_guest_leaves_nothing_behind_in_the_host",
+        run: || killed("6.12"),
     },
 ];
 
