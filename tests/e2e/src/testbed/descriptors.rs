@@ -4,8 +4,8 @@
 use std::process::Command;
 use std::time::Duration;
 
-use super::boot::{EXIT_CODE, PARAMETERS};
-use super::mini_vmm::start;
+use super::boot::EXIT_CODE;
+use super::linux::Guest;
 use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::ensure;
@@ -66,27 +66,16 @@ fn natively(driver: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn in_guest(version: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
-    let ended = start(&[
-        "--kernel",
-        &format!("/boot/{version}/vmlinux"),
-        "--initrd",
-        &format!("/boot/{version}/l2.cpio"),
-        "--memory",
-        "512M",
-        "--cpus",
-        "2",
-        "--cmdline",
-        &format!(
-            "{PARAMETERS} l2.exit={EXIT_CODE} l2.descriptors={}",
-            gpu.name
-        ),
-        "--gpu",
-        &(gpu.argument)()?,
-        "--doorbell",
-        doorbell,
-    ])?
-    .wait(LIMIT)?;
+fn in_guest(kernel: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+    let guest = Guest {
+        kernel,
+        memory: "512M",
+        cpus: "2",
+        parameters: &format!("l2.descriptors={}", gpu.name),
+        gpu: &(gpu.argument)()?,
+        options: &["--doorbell", doorbell],
+    };
+    let ended = guest.start()?.wait(LIMIT)?;
     let failed: Vec<_> = ended
         .output
         .lines()

@@ -73,7 +73,6 @@ impl Guest<'_> {
         let mut arguments = vec!["--kernel", &kernel, "--initrd", &initramfs];
         arguments.extend(["--memory", self.memory, "--cpus", self.cpus]);
         arguments.extend(["--cmdline", &parameters, "--gpu", self.gpu]);
-        arguments.extend(["--watchdog", "60"]);
         arguments.extend(self.options);
         start(&arguments)
     }
@@ -93,7 +92,7 @@ pub fn draw(kernel: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result
         cpus: "1",
         parameters: &format!("l2.draw={}", gpu.name),
         gpu: &(gpu.argument)()?,
-        options: &[&["--doorbell", doorbell], options].concat(),
+        options: &[&["--doorbell", doorbell, "--watchdog", "60"], options].concat(),
     };
     let ended = guest.start()?.wait(LIMIT)?;
     ended.expect(EXIT_CODE)?;

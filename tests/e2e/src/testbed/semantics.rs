@@ -10,8 +10,8 @@ use pvgpu_protocol::family::core::PRIME_HANDLE_TO_FD;
 use pvgpu_protocol::wire::{IoctlRequest, Operation, RequestHeader};
 use zerocopy::FromBytes;
 
-use super::boot::{EXIT_CODE, PARAMETERS};
-use super::mini_vmm::start;
+use super::boot::EXIT_CODE;
+use super::linux::Guest;
 use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::ensure;
@@ -51,29 +51,24 @@ fn lines(output: &str) -> Vec<&str> {
         .collect()
 }
 
-fn semantics(version: &str, gpu: &Gpu, doorbell: &str, native: bool) -> Result<(), Failure> {
+fn semantics(kernel: &str, gpu: &Gpu, doorbell: &str, native: bool) -> Result<(), Failure> {
     let trace = std::env::temp_dir().join("semantics.trace");
-    let ended = start(&[
-        "--kernel",
-        &format!("/boot/{version}/vmlinux"),
-        "--initrd",
-        &format!("/boot/{version}/l2.cpio"),
-        "--memory",
-        "512M",
-        "--cpus",
-        "2",
-        "--cmdline",
-        &format!("{PARAMETERS} l2.exit={EXIT_CODE} l2.semantics={}", gpu.name),
-        "--gpu",
-        &(gpu.argument)()?,
-        "--doorbell",
-        doorbell,
-        "--trace",
-        &trace.to_string_lossy(),
-        "--watchdog",
-        "170",
-    ])?
-    .wait(LIMIT)?;
+    let guest = Guest {
+        kernel,
+        memory: "512M",
+        cpus: "2",
+        parameters: &format!("l2.semantics={}", gpu.name),
+        gpu: &(gpu.argument)()?,
+        options: &[
+            "--doorbell",
+            doorbell,
+            "--trace",
+            &trace.to_string_lossy(),
+            "--watchdog",
+            "170",
+        ],
+    };
+    let ended = guest.start()?.wait(LIMIT)?;
     let wrong = ended
         .output
         .lines()
