@@ -2,6 +2,7 @@
 //! inside the testbed (`cargo xtask testbed`). Nothing here is part of what pvgpu offers to its users.
 
 pub mod bench;
+pub mod conformance;
 pub mod constants;
 pub mod debug_device;
 pub mod descriptors;
