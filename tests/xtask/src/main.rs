@@ -7,6 +7,7 @@ use clap::{Parser, Subcommand};
 
 mod bench;
 mod command;
+mod coverage;
 mod demo;
 mod dkms;
 mod docs;
@@ -16,8 +17,10 @@ mod packages;
 mod programs;
 mod say;
 mod test;
+mod test_programs;
 mod testbed;
 mod trace;
+mod unsafe_lines;
 
 /// The project's tasks.
 #[derive(Parser)]
@@ -32,6 +35,8 @@ struct Arguments {
 enum Task {
     /// Measure round trips and bandwidths in a guest, each beside its floor
     Bench(bench::Arguments),
+    /// Show which lines the tests run of the code that a guest's bytes go through
+    Coverage(coverage::Arguments),
     /// Run the end-to-end tests inside a virtual machine with real GPU drivers and nested KVM
     Testbed(testbed::Arguments),
     /// Write the pages of docs/ that are made from the tables
@@ -44,16 +49,20 @@ enum Task {
     Test(test::Arguments),
     /// Print what `mini-vmm run --trace` recorded, a line per request
     Trace(trace::Arguments),
+    /// Count the lines of unsafe code, which only become fewer
+    Unsafe(unsafe_lines::Arguments),
 }
 
 fn main() -> ExitCode {
     match Arguments::parse().task {
         Task::Bench(arguments) => bench::run(&arguments),
+        Task::Coverage(arguments) => coverage::run(&arguments),
         Task::Testbed(arguments) => testbed::run(&arguments),
         Task::Docs(arguments) => docs::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::LinuxDemo(arguments) => linux_demo::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Trace(arguments) => trace::run(&arguments),
+        Task::Unsafe(arguments) => unsafe_lines::run(&arguments),
     }
 }

@@ -8,6 +8,7 @@ use crate::lock_file;
 use crate::packages;
 use crate::say::say;
 use crate::testbed;
+use crate::unsafe_lines;
 use clap::Parser;
 use std::path::Path;
 use std::process::{Command, ExitCode};
@@ -62,6 +63,11 @@ const STEPS: &[Step] = &[
             )),
             Err(error) => Err(format!("cannot read the lock file: {error}")),
         },
+    },
+    Step {
+        name: "unsafe",
+        what: "there are no more lines of unsafe code than before",
+        run: |workspace| unsafe_lines::check(workspace).map_err(|error| error.to_string()),
     },
     Step {
         name: "headers",
