@@ -7,6 +7,7 @@
 mod reservation;
 
 use crate::driver::Mapping;
+use crate::logging::guest_log;
 use pvgpu_protocol::{Errno, wire::PAGE_SIZE};
 use reservation::Reservation;
 use std::collections::BTreeMap;
@@ -77,14 +78,14 @@ impl Aperture {
         match self.reservation.clear(offset, length) {
             Ok(()) => self.release(offset, length),
             // The range stays taken: handing it out again would show its old memory to another file.
-            Err(error) => log::error!("aperture: cannot unmap {length:#x} bytes: {error}"),
+            Err(error) => guest_log!(error, "aperture: cannot unmap {length:#x} bytes: {error}"),
         }
     }
 
     /// Gives back the memory of pages that the guest has written where nothing is mapped. Only while nothing is mapped.
     pub(crate) fn discard(&self) {
         if let Err(error) = self.reservation.clear(0, self.size()) {
-            log::error!("aperture: cannot give its pages back: {error}");
+            guest_log!(error, "aperture: cannot give its pages back: {error}");
         }
     }
 

@@ -1,15 +1,25 @@
-//! The host's monotonic clock as the kernel counts it, for deadlines that a real ioctl compares with it.
+//! Clocks of the host's kernel: the monotonic one, for deadlines that a real ioctl compares with it, and the one that
+//! counts a thread's processor time.
 
 #![allow(unsafe_code)]
 
 /// `CLOCK_MONOTONIC` in nanoseconds.
 pub fn monotonic_ns() -> u64 {
+    nanoseconds(libc::CLOCK_MONOTONIC)
+}
+
+/// Processor time of the calling thread in nanoseconds.
+pub(crate) fn thread_ns() -> u64 {
+    nanoseconds(libc::CLOCK_THREAD_CPUTIME_ID)
+}
+
+fn nanoseconds(clock: libc::clockid_t) -> u64 {
     let mut now = libc::timespec {
         tv_sec: 0,
         tv_nsec: 0,
     };
-    // SAFETY: `now` is a timespec that this call may write. It can't fail: the clock always exists.
-    unsafe { libc::clock_gettime(libc::CLOCK_MONOTONIC, &raw mut now) };
+    // SAFETY: `now` is a timespec that this call may write. It can't fail: these clocks always exist.
+    unsafe { libc::clock_gettime(clock, &raw mut now) };
     let seconds = u64::try_from(now.tv_sec).unwrap_or(0);
     let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000) + nanoseconds

@@ -4,7 +4,7 @@
 //! with guest memory and queues, forwards doorbells and resets. Everything between a descriptor chain and the session
 //! is here; nothing here knows which hypervisor or transport it is.
 //!
-//! How a VMM uses it:
+//! How a VMM uses it (and its logger should be a [`Limited`](crate::logging::Limited) one):
 //!
 //! ```no_run
 //! use pvgpu_host_proxy::aperture::Aperture;
@@ -63,10 +63,11 @@
 //! ```
 
 use crate::aperture::Aperture;
-use crate::descriptor::{Writable, copy_in};
+use crate::descriptor::{Malformed, Writable, copy_in};
 use crate::driver::HostDriver;
 use crate::event::EventQueue;
-use crate::session::{RESPONSE_HEADER, Report, Response, Session};
+use crate::limit::Limit;
+use crate::session::{RESPONSE_HEADER, Report, Response, Session, WORKER_TIME};
 use crate::statistics::{Counters, Statistics};
 use crate::trace::Trace;
 use crate::virtqueue::{Shared, Virtqueue};
@@ -113,8 +114,13 @@ pub struct DeviceConfig {
     pub poll: Duration,
     /// What the guest may use.
     pub limits: Limits,
+    /// Processor time that requests which may wait get in a second, on all worker threads together (`EAGAIN`). One second
+    /// is saved up at most; what a request takes too much, later ones have to wait for.
+    pub worker_time: Duration,
     /// Where to record every request.
     pub trace: Option<File>,
+    /// Most bytes of that file; later requests are counted ([`Statistics::untraced`]), not recorded.
+    pub trace_limit: u64,
 }
 
 impl Default for DeviceConfig {
@@ -125,7 +131,9 @@ impl Default for DeviceConfig {
             doorbell: Doorbell::Worker,
             poll: Duration::from_micros(100),
             limits: Limits::default(),
+            worker_time: WORKER_TIME,
             trace: None,
+            trace_limit: 1 << 30,
         }
     }
 }
@@ -156,6 +164,7 @@ pub struct Device {
     config: ConfigSpace,
     poll: Duration,
     limits: Limits,
+    worker_time: Duration,
     trace: Option<Arc<Trace>>,
     queue_sizes: Vec<u16>,
     eventfds: Vec<EventFd>,
@@ -196,6 +205,10 @@ impl Device {
                 .map(|_| EventFd::new(0))
                 .collect::<Result<_, _>>()?,
         };
+        let counters = Arc::<Counters>::default();
+        let trace = config
+            .trace
+            .map(|file| Trace::new(file, config.trace_limit, Arc::clone(&counters)));
         Ok(Self {
             driver,
             aperture: aperture.map(Arc::new),
@@ -206,10 +219,11 @@ impl Device {
             },
             poll: config.poll,
             limits: config.limits,
-            trace: config.trace.map(|file| Arc::new(Trace::new(file))),
+            worker_time: config.worker_time,
+            trace: trace.map(Arc::new),
             queue_sizes: vec![config.queue_size; queues],
             eventfds,
-            counters: Arc::default(),
+            counters,
             off: Arc::default(),
             active: None,
         })
@@ -295,6 +309,7 @@ impl Device {
             Arc::clone(&self.driver),
             self.aperture.clone(),
             self.limits,
+            self.worker_time,
             report,
             Arc::clone(&self.counters),
         );
@@ -468,7 +483,10 @@ impl RequestQueue {
                     self.ring.discard(&memory, writable.head());
                     continue;
                 }
-                Err((head, _)) => {
+                Err((head, malformed)) => {
+                    if malformed == Malformed::TooLong {
+                        self.ring.counters().reached(Limit::Message);
+                    }
                     self.ring.discard(&memory, head);
                     continue;
                 }

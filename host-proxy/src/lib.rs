@@ -30,6 +30,8 @@ pub mod device;
 pub mod driver;
 pub mod drm;
 mod event;
+pub mod limit;
+pub mod logging;
 pub mod session;
 pub mod soft;
 pub mod statistics;

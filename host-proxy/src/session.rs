@@ -7,8 +7,11 @@
 use crate::aperture::Aperture;
 use crate::call::{Call, HandleChange, Owned};
 use crate::cancel::Cancel;
-use crate::driver::{HostDriver, HostObject};
-use crate::statistics::Counters;
+use crate::clock::thread_ns;
+use crate::driver::{HostDriver, HostObject, Mapping};
+use crate::limit::{Budget, Limit};
+use crate::logging::guest_log;
+use crate::statistics::{Counters, Statistics};
 use crate::worker::{Job, Workers};
 use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
 use pvgpu_protocol::schema::Space;
@@ -28,6 +31,10 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 /// Bytes of a response without payload.
 pub const RESPONSE_HEADER: usize = size_of::<ResponseHeader>();
 
+/// Processor time that requests which may wait get in a second, unless the device is configured otherwise: that of four
+/// processors.
+pub const WORKER_TIME: Duration = Duration::from_secs(4);
+
 /// One guest's connection to a host driver. Dropping it ends it.
 pub struct Session(Arc<Shared>);
 
@@ -45,6 +52,8 @@ struct Shared {
     memory: Arc<AtomicU64>,
     /// Handles of all files, the sum of theirs.
     handles: Arc<AtomicU64>,
+    /// What is left of the time of worker threads.
+    worker_time: Budget,
 }
 
 #[derive(Default)]
@@ -108,14 +117,14 @@ struct Charge {
 }
 
 impl Charge {
-    /// Books so much; `ENOMEM` over the limit.
-    fn new(total: &Arc<AtomicU64>, amount: u64, limit: u64) -> Result<Self, Errno> {
+    /// Books so much, unless that is over the limit.
+    fn new(total: &Arc<AtomicU64>, amount: u64, limit: u64) -> Option<Self> {
         let add = |sum: u64| sum.checked_add(amount).filter(|sum| *sum <= limit);
         total
             .fetch_update(Ordering::Relaxed, Ordering::Relaxed, add)
-            .map_err(|_| Errno::ENOMEM)?;
+            .ok()?;
         let total = Arc::clone(total);
-        Ok(Self { amount, total })
+        Some(Self { amount, total })
     }
 }
 
@@ -271,7 +280,10 @@ fn require(condition: bool, errno: Errno) -> Result<(), Errno> {
 /// Runs what calls the host driver. A host driver must not panic; if it does, only this request fails.
 fn guard<T>(call: impl FnOnce() -> T) -> Result<T, Errno> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|_| {
-        log::error!("the host driver has panicked: the request fails with EIO");
+        guest_log!(
+            error,
+            "the host driver has panicked: the request fails with EIO"
+        );
         Errno::EIO
     })
 }
@@ -284,7 +296,7 @@ impl Session {
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
     ) -> Self {
-        Self::with_counters(driver, aperture, limits, None, Arc::default())
+        Self::with_counters(driver, aperture, limits, WORKER_TIME, None, Arc::default())
     }
 
     /// As [`Session::new`], reporting what the guest watches.
@@ -294,14 +306,23 @@ impl Session {
         limits: Limits,
         report: Report,
     ) -> Self {
-        Self::with_counters(driver, aperture, limits, Some(report), Arc::default())
+        Self::with_counters(
+            driver,
+            aperture,
+            limits,
+            WORKER_TIME,
+            Some(report),
+            Arc::default(),
+        )
     }
 
-    /// As [`Session::with_report`], counting into `counters`.
+    /// As [`Session::with_report`], counting into `counters`. Requests that may wait get `worker_time` of processor time
+    /// in a second.
     pub(crate) fn with_counters(
         driver: Arc<dyn HostDriver>,
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
+        worker_time: Duration,
         report: Option<Report>,
         counters: Arc<Counters>,
     ) -> Self {
@@ -315,12 +336,18 @@ impl Session {
             counters,
             memory: Arc::default(),
             handles: Arc::default(),
+            worker_time: Budget::new(worker_time),
         }))
     }
 
     /// What this guest may use.
     pub fn limits(&self) -> &Limits {
         &self.0.limits
+    }
+
+    /// What the session has counted, and what it uses now.
+    pub fn statistics(&self) -> Statistics {
+        self.0.counters.read(Some(self.usage()))
     }
 
     /// What the session uses now.
@@ -441,10 +468,9 @@ impl Shared {
                     return Err(Errno::EINVAL);
                 };
                 let length = usize::try_from(read.length.get()).map_err(|_| Errno::EINVAL)?;
-                require(
-                    length <= room && length <= self.message_limit(),
-                    Errno::EINVAL,
-                )?;
+                require(length <= room, Errno::EINVAL)?;
+                self.within(Limit::Message, length <= self.message_limit())
+                    .map_err(|_| Errno::EINVAL)?;
                 let waits = !file.nonblocking;
                 let ask = move |cancel: &Cancel| {
                     let mut bytes = vec![0; length];
@@ -466,7 +492,8 @@ impl Shared {
             Operation::Size => {
                 require(rest.is_empty(), Errno::EINVAL)?;
                 require(room >= size_of::<SizeResponse>(), Errno::EINVAL)?;
-                let size = self.object(object_id)?.host().size()?;
+                let object = self.object(object_id)?;
+                let size = guard(|| object.host().size()).flatten()?;
                 let size = SizeResponse { size: size.into() };
                 Ok(Some(Response {
                     payload: Payload::Bytes(size.as_bytes().to_vec()),
@@ -515,15 +542,50 @@ impl Shared {
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let mut state = self.state();
         require(!state.ended, Errno::ENODEV)?;
-        require(state.in_flight.len() < limit, Errno::EAGAIN)?;
+        self.within(Limit::InFlight, state.in_flight.len() < limit)?;
         require(!state.in_flight.contains_key(&id), Errno::EINVAL)?;
+        self.within(Limit::WorkerTime, self.worker_time.is_left())?;
         state.in_flight.insert(id, Some(Arc::clone(&cancel)));
         let session = Arc::downgrade(self);
         Ok((Booked { session, id }, cancel))
     }
 
-    fn start(&self, job: impl FnOnce() -> Job) -> Result<(), Errno> {
-        self.workers.run(job).map_err(|_| Errno::EAGAIN)
+    /// Runs a job on a worker thread, whose time it spends.
+    fn start(self: &Arc<Self>, job: impl FnOnce() -> Job) -> Result<(), Errno> {
+        let session = Arc::downgrade(self);
+        let timed = || -> Job {
+            let job = job();
+            Box::new(move || {
+                let begin = thread_ns();
+                job();
+                if let Some(session) = session.upgrade() {
+                    session.worker_time.spend(thread_ns().saturating_sub(begin));
+                }
+            })
+        };
+        self.workers.run(timed).map_err(|_| Errno::EAGAIN)
+    }
+
+    /// Refuses what is not within a limit, and counts that.
+    fn within(&self, limit: Limit, holds: bool) -> Result<(), Errno> {
+        if holds {
+            return Ok(());
+        }
+        self.counters.reached(limit);
+        Err(limit.errno())
+    }
+
+    /// Books what counts against a limit.
+    fn charge(
+        &self,
+        limit: Limit,
+        total: &Arc<AtomicU64>,
+        amount: u64,
+        most: u64,
+    ) -> Result<Charge, Errno> {
+        let charge = Charge::new(total, amount, most);
+        self.within(limit, charge.is_some())?;
+        charge.ok_or(limit.errno())
     }
 
     /// Gives the events that are there, or sees to it that they are reported.
@@ -584,7 +646,7 @@ impl Shared {
         bytes.truncate(length);
         state.open = true;
         let guest: String = hello.guest.chars().take(64).collect();
-        log::info!("session of {:?} on {}", guest, identity.name);
+        guest_log!(info, "session of {:?} on {}", guest, identity.name);
         Ok(Response {
             payload: Payload::Bytes(bytes),
             ..Response::new(id, Ok(0))
@@ -597,7 +659,7 @@ impl Shared {
         require(flags & !allowed == 0 && open.reserved == 0, Errno::EINVAL)?;
         // Opening may be slow, so the lock is not held; the limit is checked again when the file goes in.
         self.room_for_object(&self.state())?;
-        let host = self.driver.open(flags)?;
+        let host = guard(|| self.driver.open(flags)).flatten()?;
         let file = File {
             host,
             nonblocking: flags & wire::open::NONBLOCK != 0,
@@ -610,7 +672,8 @@ impl Shared {
     fn close(&self, id: i32) -> Result<(), Errno> {
         let object = self.state().objects.remove(&id);
         // What it holds is let go of here, without the lock.
-        object.map(drop).ok_or(Errno::EBADF)
+        let object = object.ok_or(Errno::EBADF)?;
+        guard(|| drop(object))
     }
 
     fn ioctl(
@@ -630,7 +693,9 @@ impl Shared {
             session: self,
             file: &file,
         };
-        let call = Call::new(ioctl, command, payload, &owned, self.message_limit())?;
+        let call = Call::new(ioctl, command, payload, &owned, self.message_limit());
+        self.within(Limit::Message, !matches!(call, Err(Errno::E2BIG)))?;
+        let call = call?;
         require(call.response_length() <= room, Errno::EINVAL)?;
         let waits = call.may_block();
         let session = Arc::clone(self);
@@ -653,7 +718,7 @@ impl Shared {
         let changes = call.handle_changes();
         let creates = changes.iter().filter(|change| change.created);
         let places = creates
-            .map(|_| Charge::new(&self.handles, 1, self.limits.handles.into()))
+            .map(|_| self.charge(Limit::Handles, &self.handles, 1, self.limits.handles.into()))
             .collect::<Result<Vec<_>, _>>()?;
         let state = self.state();
         if call.fds_out().next().is_some() {
@@ -671,7 +736,7 @@ impl Shared {
         }
         let allocated = call.allocated_bytes();
         if allocated > 0 {
-            let charge = Charge::new(&self.memory, allocated, self.limits.memory)?;
+            let charge = self.charge(Limit::Memory, &self.memory, allocated, self.limits.memory)?;
             memory.push(Arc::new(charge));
         }
         Ok(Admitted {
@@ -753,10 +818,11 @@ impl Shared {
             let mut state = self.state();
             require(!state.ended, Errno::ENODEV)?;
             let mapped = state.mapped.saturating_add(length);
-            require(mapped <= self.limits.mapped, Errno::ENOMEM)?;
+            self.within(Limit::Mapped, mapped <= self.limits.mapped)?;
             state.mapped = mapped;
         }
-        let mapping = object.host().mapping(offset, length, protection);
+        let host = || object.host().mapping(offset, length, protection);
+        let mapping: Result<Mapping, Errno> = guard(host).flatten();
         let result = mapping.and_then(|mapping| aperture.map(&mapping, length));
         let mut state = self.state();
         match result {
@@ -813,7 +879,10 @@ impl Shared {
                 aperture.unmap(offset, length);
             }
         }
-        drop(objects);
+        for object in objects {
+            // Already said: the session ends all the same.
+            let _ = guard(|| drop(object));
+        }
     }
 
     fn usage(&self) -> Usage {
@@ -841,7 +910,7 @@ impl Shared {
     fn room_for_object(&self, state: &State) -> Result<(), Errno> {
         let limit = usize::try_from(self.limits.objects).unwrap_or(usize::MAX);
         require(!state.ended, Errno::ENODEV)?;
-        require(state.objects.len() < limit, Errno::EMFILE)
+        self.within(Limit::Objects, state.objects.len() < limit)
     }
 
     /// Gives an object the next free id. On failure the object is dropped, and with it what the host has opened.

@@ -1,5 +1,6 @@
 //! What the proxy counts, for operators and benchmarks.
 
+use crate::limit::Limit;
 use crate::session::Usage;
 use pvgpu_protocol::wire::Operation;
 use serde::Serialize;
@@ -14,7 +15,9 @@ pub(crate) struct Counters {
     pub(crate) events: AtomicU64,
     pub(crate) rejected: AtomicU64,
     pub(crate) malformed: AtomicU64,
+    pub(crate) untraced: AtomicU64,
     operations: [AtomicU64; OPERATIONS],
+    limits: [AtomicU64; Limit::ALL.len()],
 }
 
 const OPERATIONS: usize = 12;
@@ -26,6 +29,13 @@ impl Counters {
         }
     }
 
+    /// The guest has reached a limit.
+    pub(crate) fn reached(&self, limit: Limit) {
+        if let Some(counter) = self.limits.get(limit as usize) {
+            counter.fetch_add(1, Ordering::Relaxed);
+        }
+    }
+
     /// What they say now, beside what a session uses.
     pub(crate) fn read(&self, usage: Option<Usage>) -> Statistics {
         let load = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
@@ -33,6 +43,7 @@ impl Counters {
             let name = Operation::from_number(number)?.name();
             Some((name, load(counter)))
         });
+        let limits = Limit::ALL.iter().zip(&self.limits);
         Statistics {
             doorbells: load(&self.doorbells),
             interrupts: load(&self.interrupts),
@@ -40,7 +51,11 @@ impl Counters {
             events: load(&self.events),
             rejected: load(&self.rejected),
             malformed: load(&self.malformed),
+            untraced: load(&self.untraced),
             operations: operations.collect(),
+            limits_reached: limits
+                .map(|(limit, counter)| (limit.name(), load(counter)))
+                .collect(),
             usage,
         }
     }
@@ -62,8 +77,21 @@ pub struct Statistics {
     /// Descriptor chains that were no request: without room for an answer, too long, or broken. And buffers on the event
     /// queue that could not take an event.
     pub malformed: u64,
+    /// Requests that the trace lacks, since it has reached its size limit or could not be written.
+    pub untraced: u64,
     /// Requests of each operation.
     pub operations: Vec<(&'static str, u64)>,
+    /// How often the guest has reached each of its limits, by name ([`Limit::name`]).
+    pub limits_reached: Vec<(&'static str, u64)>,
     /// What the session uses now.
     pub usage: Option<Usage>,
+}
+
+impl Statistics {
+    /// How often the guest has reached that limit.
+    pub fn reached(&self, limit: Limit) -> u64 {
+        let mut limits = self.limits_reached.iter();
+        let found = limits.find(|(name, _)| *name == limit.name());
+        found.map_or(0, |(_, count)| *count)
+    }
 }

@@ -3,6 +3,7 @@
 //! Used by [`crate::device`] and [`crate::event`]. It pops descriptor chains, returns them and interrupts the guest; it
 //! never looks into a chain. A ring that makes no sense is left alone until the guest resets the device.
 
+use crate::logging::guest_log;
 use crate::statistics::Counters;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -112,7 +113,8 @@ impl Virtqueue {
     pub(crate) fn ignore(&self) {
         if !self.ignored.swap(true, Ordering::Relaxed) {
             self.counters().malformed.fetch_add(1, Ordering::Relaxed);
-            log::warn!(
+            guest_log!(
+                warn,
                 "queue {}: the guest has broken its ring, so it is ignored until the guest resets the device",
                 self.index
             );

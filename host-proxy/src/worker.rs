@@ -5,10 +5,11 @@
 //! the session's limit on requests in flight.
 
 use crate::cancel::Cancel;
+use crate::logging::guest_log;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
-use std::thread;
 use std::time::Duration;
+use std::{io, thread};
 
 /// How long an idle thread stays.
 const IDLE: Duration = Duration::from_secs(2);
@@ -71,7 +72,7 @@ impl Workers {
             match started {
                 Ok(_) => state.threads += 1,
                 Err(error) => {
-                    log::warn!("cannot start a worker thread: {error}");
+                    guest_log!(warn, "cannot start a worker thread: {error}");
                     return Err(NoThread);
                 }
             }
@@ -83,6 +84,15 @@ impl Workers {
 
     /// Cancels a request and wakes it until it is done.
     pub fn cancel(&self, cancel: Arc<Cancel>) {
+        self.cancel_on(cancel, |wake| {
+            let thread = thread::Builder::new().name("pvgpu-cancel".into());
+            thread.spawn(wake).map(drop)
+        });
+    }
+
+    /// Cancels a request; `start` starts the thread that wakes it. When there can be none, the caller waits until all
+    /// cancelled requests are done: they are of the guest that has taken the threads.
+    fn cancel_on(&self, cancel: Arc<Cancel>, start: impl FnOnce(Job) -> io::Result<()>) {
         cancel.cancel();
         let mut state = self.shared.lock();
         // Once each: `wake` counts references to tell whether a request is done.
@@ -94,12 +104,14 @@ impl Workers {
             return;
         }
         state.cancelled.push(cancel);
-        if !state.waking {
-            let shared = Arc::clone(&self.shared);
-            state.waking = thread::Builder::new()
-                .name("pvgpu-cancel".into())
-                .spawn(move || shared.wake())
-                .is_ok();
+        if std::mem::replace(&mut state.waking, true) {
+            return;
+        }
+        drop(state);
+        let shared = Arc::clone(&self.shared);
+        if let Err(error) = start(Box::new(move || shared.wake())) {
+            guest_log!(warn, "cannot start a thread that cancels requests: {error}");
+            self.shared.wake();
         }
     }
 }
@@ -211,8 +223,8 @@ mod tests {
         release.send(()).unwrap();
     }
 
-    #[test]
-    fn a_cancelled_job_is_woken_even_if_it_begins_to_wait_later() {
+    /// Cancels a job that loses the first wake-up, and waits for its end.
+    fn cancel_with_a_lost_wake_up(cancel_on: impl FnOnce(&Workers, Arc<Cancel>)) {
         let workers = Workers::default();
         let cancel = Arc::new(Cancel::new());
         let (wake, woken) = mpsc::channel();
@@ -232,11 +244,23 @@ mod tests {
             })
             .unwrap();
         thread::sleep(Duration::from_millis(20));
-        workers.cancel(cancel);
+        cancel_on(&workers, cancel);
         assert_eq!(
             result.recv_timeout(Duration::from_secs(10)).unwrap(),
             Ok(())
         );
+    }
+
+    #[test]
+    fn a_cancelled_job_is_woken_even_if_it_begins_to_wait_later() {
+        cancel_with_a_lost_wake_up(Workers::cancel);
+    }
+
+    #[test]
+    fn a_cancelled_job_is_woken_even_if_no_thread_can_be_started_for_that() {
+        cancel_with_a_lost_wake_up(|workers, cancel| {
+            workers.cancel_on(cancel, |_| Err(io::ErrorKind::OutOfMemory.into()));
+        });
     }
 
     #[test]

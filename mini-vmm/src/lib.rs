@@ -31,6 +31,7 @@ pub mod events;
 pub mod gpu;
 pub mod kvm;
 pub mod layout;
+pub mod limit;
 pub mod memory;
 pub mod mptable;
 pub mod ports;

@@ -8,14 +8,17 @@ use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
+use pvgpu_host_proxy::logging::{LINES, Limited};
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_host_proxy::statistics::Statistics;
+use pvgpu_mini_vmm::limit::Setting;
 use pvgpu_mini_vmm::{
     Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, rlimit, size, terminal,
 };
@@ -85,6 +88,13 @@ struct Run {
     /// Record every GPU request and its result in this file; `cargo xtask trace FILE` prints it.
     #[arg(long, value_name = "FILE")]
     trace: Option<PathBuf>,
+    /// Most bytes of that file: it lacks the requests after them, and mini-vmm says how many.
+    #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
+    trace_limit: u64,
+    /// What the guest may use of the GPU: message=SIZE, objects=N, in_flight=N, mapped=SIZE, memory=SIZE, handles=N,
+    /// worker_time=MILLISECONDS per second. Reaching a limit is an error for the guest alone (see docs/protocol.md).
+    #[arg(long, value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = Setting::parse)]
+    limit: Vec<Setting>,
     /// File that the guest's memory dumps replace (see the debug device).
     #[arg(long, value_name = "FILE")]
     dump: Option<PathBuf>,
@@ -213,15 +223,19 @@ fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
             )
         })
     });
-    let device = DeviceConfig {
+    let mut device = DeviceConfig {
         request_queues: options.cpus.into(),
         doorbell: match options.doorbell {
             DoorbellChoice::Inline => Doorbell::Inline,
             DoorbellChoice::Worker => Doorbell::Worker,
         },
         trace: trace.transpose()?,
+        trace_limit: options.trace_limit,
         ..DeviceConfig::default()
     };
+    for setting in &options.limit {
+        setting.apply(&mut device);
+    }
     Ok(Some(Gpu {
         driver,
         aperture: options.aperture,
@@ -291,11 +305,32 @@ fn run(options: Run) -> Result<u8, String> {
         Ending::Failure { cause } => eprintln!("mini-vmm: the guest cannot go on: {cause}"),
         Ending::Exit { .. } | Ending::Reset | Ending::Stopped { .. } => {}
     }
+    outcome.gpu.iter().for_each(report);
     if options.json {
         let json = serde_json::to_string(&outcome).map_err(|error| error.to_string())?;
         print(&format!("{json}\n"))?;
     }
     Ok(outcome.exit_code)
+}
+
+/// Tells what a guest's user should know of its GPU: limits that it has reached, and what the trace lacks.
+fn report(gpu: &Statistics) {
+    let reached = gpu.limits_reached.iter().filter(|(_, count)| *count > 0);
+    let reached: Vec<_> = reached
+        .map(|(name, count)| format!("{name} ({count} times)"))
+        .collect();
+    if !reached.is_empty() {
+        let reached = reached.join(", ");
+        eprintln!(
+            "mini-vmm: the guest has reached limits of its GPU: {reached}; --limit sets them"
+        );
+    }
+    if gpu.untraced > 0 {
+        eprintln!(
+            "mini-vmm: the trace lacks the last {} requests; --trace-limit sets its size",
+            gpu.untraced
+        );
+    }
 }
 
 /// Writes `text` to standard output. That nobody reads it any more (`mini-vmm check | head`) is no error.
@@ -323,15 +358,8 @@ fn run_check(options: &Check) -> Result<u8, String> {
     Ok(if report.ok { 0 } else { USAGE })
 }
 
-/// Prints warnings and errors, at most [`Log::PER_SECOND`] a second: a guest can cause some of them.
-struct Log {
-    start: Instant,
-    state: std::sync::Mutex<(u64, u32)>,
-}
-
-impl Log {
-    const PER_SECOND: u32 = 20;
-}
+/// Prints warnings and errors.
+struct Log;
 
 impl log::Log for Log {
     fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
@@ -339,33 +367,19 @@ impl log::Log for Log {
     }
 
     fn log(&self, record: &log::Record<'_>) {
-        if !self.enabled(record.metadata()) {
-            return;
-        }
-        let Ok(mut state) = self.state.lock() else {
-            return;
-        };
-        let second = self.start.elapsed().as_secs();
-        if state.0 != second {
-            *state = (second, 0);
-        }
-        state.1 = state.1.saturating_add(1);
-        if state.1 <= Self::PER_SECOND {
+        if self.enabled(record.metadata()) {
             eprintln!("mini-vmm: {}", record.args());
-        } else if state.1 == Self::PER_SECOND + 1 {
-            eprintln!("mini-vmm: more messages in this second are left out");
         }
     }
 
     fn flush(&self) {}
 }
 
+/// A guest can cause some lines, of ours and of libraries: their rate is bounded.
+static LOG: Limited<Log> = Limited::new(Log, LINES);
+
 fn log_to_stderr() {
-    let log = Log {
-        start: Instant::now(),
-        state: std::sync::Mutex::default(),
-    };
-    if log::set_boxed_logger(Box::new(log)).is_ok() {
+    if log::set_logger(&LOG).is_ok() {
         log::set_max_level(log::LevelFilter::Warn);
     }
 }

@@ -203,6 +203,22 @@ fn a_gpu_that_cannot_be_opened_is_named() {
 }
 
 #[test]
+fn a_limit_that_cannot_be_is_refused_with_the_names_or_the_range() {
+    let kernel = kernel(kernels::endless());
+    for (value, remedy) in [
+        ("files=3", "objects, in_flight"),
+        ("memory", "memory=1G"),
+        ("objects=1,memory=many", "256M"),
+        ("worker_time=0", "from 1 to 1000000"),
+    ] {
+        refused(
+            &run(kernel.path(), &["--limit", value]),
+            &["--limit", remedy],
+        );
+    }
+}
+
+#[test]
 fn a_trace_that_cannot_be_written_is_refused() {
     let kernel = kernel(kernels::endless());
     refused(
@@ -371,7 +387,13 @@ fn with_json_standard_output_is_one_object_and_the_console_is_standard_error() {
     }
     let output = run(
         kernel(kernels::linux_reporter()).path(),
-        &["--cmdline", "hello", "--json"],
+        &[
+            "--cmdline",
+            "hello",
+            "--json",
+            "--limit",
+            "memory=1G,objects=9",
+        ],
     );
     assert_eq!(output.status.code(), Some(42));
     assert!(String::from_utf8_lossy(&output.stderr).starts_with("hello"));
@@ -382,6 +404,8 @@ fn with_json_standard_output_is_one_object_and_the_console_is_standard_error() {
     );
     assert_eq!(outcome["exit_code"], 42);
     assert!(outcome["exits"]["pio"].as_u64().unwrap() > 5);
+    let limits = outcome["gpu"]["limits_reached"].as_array().unwrap();
+    assert!(limits.contains(&serde_json::json!(["worker_time", 0])));
 }
 
 #[test]

@@ -1,6 +1,8 @@
-//! What a session counts while a guest uses one file from several queues at a time, in front of the embedded GPU.
+//! What a session counts while a guest uses one file from several queues at a time, in front of the embedded GPU; and
+//! drivers that take too long or panic.
 
 use super::*;
+use crate::driver::Identity;
 use crate::soft::{SoftConfig, SoftDriver};
 use pvgpu_protocol::family::core::{
     self, GemClose, PrimeHandleToFd, SyncobjCreate, SyncobjDestroy,
@@ -53,7 +55,11 @@ fn soft() -> SoftDriver {
 
 /// A session that has said hello.
 fn session(driver: impl HostDriver + 'static, limits: Limits) -> Session {
-    let session = Session::new(Arc::new(driver), None, limits);
+    greeted(Session::new(Arc::new(driver), None, limits))
+}
+
+/// Says hello.
+fn greeted(session: Session) -> Session {
     let hello = Hello {
         version_min: wire::VERSION,
         version_max: wire::VERSION,
@@ -175,4 +181,150 @@ fn handles_are_limited_for_all_files_together() {
     assert_eq!(make(second).0, no_memory);
     assert_eq!(perform(&session, Operation::Close, first, &[]), 0);
     assert_eq!((make(second).0, make(second).0), (0, no_memory));
+}
+
+/// A driver for tests of what a host driver must not do.
+struct Bad {
+    identity: Identity,
+    file: fn() -> Arc<dyn HostObject>,
+}
+
+impl Bad {
+    fn new(file: fn() -> Arc<dyn HostObject>) -> Self {
+        let identity = Identity {
+            name: "vgem".into(),
+            version: [1, 0, 0],
+            date: String::new(),
+            description: String::new(),
+        };
+        Self { identity, file }
+    }
+}
+
+impl HostDriver for Bad {
+    fn identity(&self) -> &Identity {
+        &self.identity
+    }
+
+    fn open(&self, _: u32) -> Result<Arc<dyn HostObject>, Errno> {
+        Ok((self.file)())
+    }
+}
+
+/// Its polls keep the processor busy.
+struct Busy;
+
+impl HostObject for Busy {
+    fn poll(&self, _: u32, _: Option<Duration>, _: &Cancel) -> Result<u32, Errno> {
+        let begin = thread_ns();
+        while thread_ns() - begin < 2_000_000 {}
+        Ok(1)
+    }
+}
+
+/// Polls a file with a timeout and waits for the result.
+fn poll_for_long(session: &Session, file: i32) -> i32 {
+    let header = RequestHeader {
+        operation: Operation::Poll.number().into(),
+        flags: 0.into(),
+        object: u32::try_from(file).unwrap().into(),
+        id: 1.into(),
+    };
+    let poll = PollRequest {
+        events: 1.into(),
+        reserved: 0.into(),
+        timeout_ns: (-1).into(),
+    };
+    let request = [header.as_bytes(), poll.as_bytes()].concat();
+    let (sender, result) = channel();
+    let complete = || -> Complete { Box::new(move |done| sender.send(done.result()).unwrap()) };
+    match session.perform(&request, 4096, complete) {
+        Some(response) => response.result(),
+        None => result.recv().unwrap(),
+    }
+}
+
+#[test]
+fn worker_time_over_the_limit_is_eagain_until_it_has_come_back() {
+    let limits = Limits::default();
+    let time = Duration::from_millis(20);
+    let driver = Arc::new(Bad::new(|| Arc::new(Busy)));
+    let counters = Arc::default();
+    let session = Session::with_counters(driver, None, limits, time, None, counters);
+    let session = greeted(session);
+    let file = open(&session);
+    let begin = std::time::Instant::now();
+    let mut performed = 0;
+    let refused = loop {
+        match poll_for_long(&session, file) {
+            1 => performed += 1,
+            other => break other,
+        }
+    };
+    assert_eq!(refused, -Errno::EAGAIN.number());
+    assert_eq!(session.statistics().reached(Limit::WorkerTime), 1);
+    // A second's time was saved up, some has come in since, and one poll may go beyond it.
+    let paid = time + time.mul_f64(begin.elapsed().as_secs_f64());
+    assert!(
+        performed >= 8 && performed <= 2 + paid.as_millis() / 2,
+        "{performed}"
+    );
+    // What does not wait is not concerned, and the time comes back: 2 ms in 100 ms.
+    assert_eq!(perform(&session, Operation::Nop, 0, &[]), 0);
+    std::thread::sleep(Duration::from_millis(150));
+    assert_eq!(poll_for_long(&session, file), 1);
+    assert_eq!(session.statistics().reached(Limit::WorkerTime), 1);
+}
+
+/// It panics whatever it is asked.
+struct Panicking;
+
+impl HostObject for Panicking {
+    fn poll(&self, _: u32, _: Option<Duration>, _: &Cancel) -> Result<u32, Errno> {
+        panic!("poll")
+    }
+
+    fn mapping(&self, _: u64, _: u64, _: u32) -> Result<Mapping, Errno> {
+        panic!("mapping")
+    }
+
+    fn size(&self) -> Result<u64, Errno> {
+        panic!("size")
+    }
+}
+
+impl Drop for Panicking {
+    fn drop(&mut self) {
+        panic!("drop")
+    }
+}
+
+#[test]
+fn a_host_driver_that_panics_fails_that_request_and_leaves_nothing_booked() {
+    let aperture = Arc::new(Aperture::new(1 << 20).unwrap());
+    let driver = Arc::new(Bad::new(|| Arc::new(Panicking)));
+    let session = greeted(Session::new(driver, Some(aperture), Limits::default()));
+    let file = open(&session);
+    let map = MapRequest {
+        offset: 0.into(),
+        length: PAGE_SIZE.into(),
+        protection: 1.into(),
+        reserved: 0.into(),
+    };
+    let io = -Errno::EIO.number();
+    assert_eq!(perform(&session, Operation::Map, file, map.as_bytes()), io);
+    assert_eq!(perform(&session, Operation::Size, file, &[]), io);
+    assert_eq!(poll_for_long(&session, file), io);
+    assert_eq!(perform(&session, Operation::Close, file, &[]), io);
+    let usage = session.usage();
+    assert_eq!((usage.objects, usage.mapped, usage.in_flight), (0, 0, 0));
+    // The end of the session drops the last one.
+    open(&session);
+    session.end();
+    assert_eq!(session.usage().objects, 0);
+
+    let driver = Arc::new(Bad::new(|| panic!("open")));
+    let session = greeted(Session::new(driver, None, Limits::default()));
+    assert_eq!(open(&session), io);
+    assert_eq!(session.usage().objects, 0);
 }

@@ -7,6 +7,7 @@ use super::fence::{self, Fence, lock};
 use super::memory::{Memory, PAGE};
 use crate::cancel::Cancel;
 use crate::driver::{HostObject, Mapping};
+use crate::logging::guest_log;
 use pvgpu_protocol::Errno;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -107,7 +108,7 @@ impl Buffer {
         let share = Share::take(account, size)?;
         let offset = take(&account.next_offset, size, i64::MAX as u64)?;
         let memory = Memory::new(size).map_err(|error| {
-            log::debug!("no memory for a buffer of {size} bytes: {error}");
+            guest_log!(debug, "no memory for a buffer of {size} bytes: {error}");
             Errno::ENOMEM
         })?;
         Ok(Arc::new(Self {

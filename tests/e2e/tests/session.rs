@@ -7,6 +7,7 @@ use pvgpu_guest_driver::channel::Channel;
 use pvgpu_guest_driver::flat::Flat;
 use pvgpu_guest_driver::session::{ObjectId, Session};
 use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::limit::Limit;
 use pvgpu_host_proxy::session::Session as HostSession;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::{Errno, Limits};
@@ -103,6 +104,18 @@ impl Guest {
         let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
         assert_eq!(header.id, 77);
         header.result.get()
+    }
+
+    /// How often the guest has reached that limit, and that it has reached no other.
+    fn reached(&mut self, limit: Limit) -> u64 {
+        let statistics = self.session.channel().session().statistics();
+        for other in Limit::ALL {
+            assert!(
+                other == limit || statistics.reached(other) == 0,
+                "{other:?}"
+            );
+        }
+        statistics.reached(limit)
     }
 
     /// Runs `test` and checks that no ioctl reached the host driver in it.
@@ -226,9 +239,22 @@ fn an_ioctl_longer_than_the_guests_limit_is_e2big() {
     };
     let result =
         guest.without_reaching_the_driver(|guest| guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec));
-    assert_eq!(result, Err(Errno::E2BIG));
+    assert_eq!(
+        result,
+        Err(Errno::E2BIG),
+        "the guest's driver knows the limit"
+    );
+    let result = guest
+        .without_reaching_the_driver(|guest| guest.raw_ioctl(virtio_gpu::EXECBUFFER, &[0; 4097]));
+    assert_eq!(result, -Errno::E2BIG.number(), "so does the host");
+    assert_eq!(guest.reached(Limit::Message), 1);
+    let file = guest.file;
+    let mut bytes = [0; 4097];
+    assert_eq!(guest.session.read(file, &mut bytes), Err(Errno::EINVAL));
+    assert_eq!(guest.reached(Limit::Message), 2);
     exec.size = 2048;
     assert_eq!(guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec), Ok(0));
+    assert_eq!(guest.reached(Limit::Message), 2);
 }
 
 #[test]
@@ -299,6 +325,7 @@ fn gpu_memory_over_the_limit_is_enomem_until_some_is_freed() {
         guest.without_reaching_the_driver(|guest| guest.create(1)),
         Err(Errno::ENOMEM)
     );
+    assert_eq!(guest.reached(Limit::Memory), 1);
     guest
         .ioctl(
             core::GEM_CLOSE,
@@ -359,9 +386,12 @@ fn objects_over_the_limit_are_emfile_and_are_not_left_open() {
     let again = guest
         .without_reaching_the_driver(|guest| guest.ioctl(core::PRIME_HANDLE_TO_FD, &mut prime));
     assert_eq!(again, Err(Errno::EMFILE));
+    assert_eq!(guest.reached(Limit::Objects), 2);
     assert_eq!(guest.record.open(), 2);
     guest.session.close(ObjectId(prime.fd)).unwrap();
     assert_eq!(guest.record.open(), 1);
+    assert!(guest.session.open(open::RDWR).is_ok());
+    assert_eq!(guest.reached(Limit::Objects), 2);
 }
 
 #[test]
@@ -377,6 +407,7 @@ fn handles_of_all_files_over_the_limit_are_enomem_until_some_are_closed() {
         guest.without_reaching_the_driver(|guest| guest.create(4096)),
         Err(Errno::ENOMEM)
     );
+    assert_eq!(guest.reached(Limit::Handles), 1);
     let mut close = GemClose { handle, pad: 0 };
     guest.ioctl(core::GEM_CLOSE, &mut close).unwrap();
     guest.create(4096).unwrap();
@@ -397,6 +428,7 @@ fn mapped_bytes_over_the_limit_are_enomem_until_some_are_unmapped() {
     assert_eq!(guest.session.map(file, 0, 12288, 3), Err(Errno::ENOMEM));
     let mapping = guest.session.map(file, 0, 8192, 3).unwrap();
     assert_eq!(guest.session.map(file, 0, 4096, 3), Err(Errno::ENOMEM));
+    assert_eq!(guest.reached(Limit::Mapped), 2);
     guest.session.unmap(mapping).unwrap();
     assert!(guest.session.map(file, 0, 4096, 3).is_ok());
 }
@@ -421,10 +453,20 @@ fn waiting_requests_over_the_limit_are_eagain() {
         guest.ioctl(virtio_gpu::WAIT, &mut second),
         Err(Errno::EAGAIN)
     );
+    assert_eq!(guest.reached(Limit::InFlight), 1);
     guest.session.cancel(first.request.id()).unwrap();
     guest.session.wait(&first.request).unwrap();
     let result = guest.session.finish_ioctl(first, &mut guest.caller);
     assert_eq!(result, Err(Errno::EINTR));
+    let third = guest
+        .session
+        .start_ioctl(file, virtio_gpu::WAIT, address, &guest.caller)
+        .unwrap();
+    guest.session.cancel(third.request.id()).unwrap();
+    guest.session.wait(&third.request).unwrap();
+    let result = guest.session.finish_ioctl(third, &mut guest.caller);
+    assert_eq!(result, Err(Errno::EINTR), "it has waited");
+    assert_eq!(guest.reached(Limit::InFlight), 1);
 }
 
 #[test]
