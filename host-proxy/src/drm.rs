@@ -11,6 +11,8 @@
 mod interrupt;
 mod ioctl;
 
+pub use ioctl::perform_by;
+
 use crate::call::Call;
 use crate::cancel::Cancel;
 use crate::driver::{HostDriver, HostObject, Identity, Mapping};

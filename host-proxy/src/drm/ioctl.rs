@@ -1,6 +1,6 @@
 //! The system calls on a DRM node: `ioctl`, `ppoll`, `read`.
 //!
-//! Used by [`super`] alone. [`perform`] is the only place where a call's pointer fields hold addresses and its
+//! Used by [`super`] alone, and by recording drivers. [`perform_by`] is the only place where a call's pointer fields hold addresses and its
 //! descriptor fields hold numbers of this process; both are gone when it returns.
 
 #![allow(unsafe_code)]
@@ -32,10 +32,10 @@ pub(super) fn perform(node: BorrowedFd<'_>, call: &mut Call) -> io::Result<i32> 
     })
 }
 
-/// As [`perform`], with what stands for the kernel: it gets the command number and the argument's address. All its
-/// pointers are null or lead into the call's buffer, to as many bytes as the schema says, and all of it is writable
-/// until it returns.
-pub(super) fn perform_by(
+/// Performs a validated call as on a node, by what stands for the kernel: it gets the command number and the argument's
+/// address, where all of [`Call::bytes_mut`] lies. All its pointers are null or lead into these bytes, to as many as the
+/// schema says, and all of it is writable until it returns. For drivers that record what a node would be given.
+pub fn perform_by(
     call: &mut Call,
     kernel: impl FnOnce(u32, *mut u8) -> io::Result<i32>,
 ) -> io::Result<i32> {

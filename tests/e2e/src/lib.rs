@@ -9,6 +9,7 @@ pub mod descriptors;
 pub mod drm_ioctl;
 pub mod gate;
 pub mod guest_vm;
+pub mod inspection;
 pub mod linux_demo;
 pub mod loopback;
 pub mod loopback_file;

@@ -1,18 +1,22 @@
 //! A host driver that records what reaches it, for tests of everything in front of a driver.
 //!
 //! It speaks the schemas of `virtio_gpu`, answers every ioctl with success, gives out handles, and waits where the
-//! real driver would until it is cancelled.
+//! real driver would until it is cancelled. One that inspects ([`Recording::inspecting`]) never waits, and looks at every call
+//! as the kernel behind a real node would ([`crate::inspection`]).
 
 use pvgpu_host_proxy::Errno;
 use pvgpu_host_proxy::call::Call;
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
-use pvgpu_protocol::family::{core, virtio_gpu};
+use pvgpu_protocol::schema::Kind;
+use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
+
+use crate::inspection::{Seen, inspect};
 
 /// The driver.
 pub struct Recording {
@@ -25,13 +29,61 @@ pub struct Recording {
 pub struct Record {
     calls: Mutex<Vec<(u32, Vec<u8>)>>,
     open: AtomicUsize,
-    next_handle: AtomicU32,
+    /// Handles given out so far, all files together: 1, 2, ...
+    handles: AtomicU32,
+    /// What has been seen, if it inspects.
+    inspected: Option<Mutex<Inspected>>,
+}
+
+/// What inspection has found.
+#[derive(Clone, Debug, Default)]
+pub struct Inspected {
+    /// Host addresses of guest memory.
+    pub guest: Vec<Range<usize>>,
+    /// Every call.
+    pub seen: Vec<Seen>,
+    /// The first call that must never have come so far.
+    pub violation: Option<String>,
 }
 
 impl Record {
     /// The command and the bytes of every ioctl so far.
     pub fn calls(&self) -> Vec<(u32, Vec<u8>)> {
         self.calls.lock().expect("no panic while recording").clone()
+    }
+
+    /// No call may point to these host addresses: there is memory of the guest.
+    pub fn forbid(&self, guest: Range<usize>) {
+        self.inspect(|inspected| inspected.guest.push(guest));
+    }
+
+    /// What inspection has found so far; nothing unless it inspects.
+    pub fn inspected(&self) -> Inspected {
+        self.inspect(|inspected| inspected.clone())
+            .unwrap_or_default()
+    }
+
+    fn inspect<T>(&self, change: impl FnOnce(&mut Inspected) -> T) -> Option<T> {
+        let mut inspected = self
+            .inspected
+            .as_ref()?
+            .lock()
+            .expect("no panic while inspecting");
+        Some(change(&mut inspected))
+    }
+
+    /// Looks at a call as the kernel would. `EIO` for one that must never have come so far.
+    fn look_at(&self, call: &mut Call) -> Result<(), Errno> {
+        let guest = self.inspect(|inspected| inspected.guest.clone());
+        let given = self.handles.load(Ordering::SeqCst);
+        let owned = |handle| (1..=given).contains(&handle);
+        let seen = inspect(call, owned, &guest.unwrap_or_default());
+        let result = seen.as_ref().map(drop).map_err(|_| Errno::EIO);
+        self.inspect(|inspected| match seen {
+            Ok(seen) => inspected.seen.push(seen),
+            Err(violation) => drop(inspected.violation.get_or_insert(violation)),
+        });
+        result
     }
 
     /// How many files and other objects are open.
@@ -55,6 +107,17 @@ impl Default for Recording {
 }
 
 impl Recording {
+    /// One that inspects every call, and never waits.
+    pub fn inspecting() -> Self {
+        Self {
+            record: Arc::new(Record {
+                inspected: Some(Mutex::default()),
+                ..Record::default()
+            }),
+            ..Self::default()
+        }
+    }
+
     /// What will have reached it.
     pub fn record(&self) -> Arc<Record> {
         Arc::clone(&self.record)
@@ -101,18 +164,19 @@ impl HostObject for Object {
         let mut calls = self.0.calls.lock().expect("no panic while recording");
         calls.push((call.command(), bytes));
         drop(calls);
-        if call.may_block() {
-            Self::wait(cancel, Duration::from_secs(60))?;
+        match self.0.inspected {
+            Some(_) => self.0.look_at(call)?,
+            None if call.may_block() => Self::wait(cancel, Duration::from_secs(60))?,
+            None => {}
         }
-        if call.command() == virtio_gpu::RESOURCE_CREATE {
-            let mut argument: virtio_gpu::ResourceCreate = call.read_argument();
-            argument.bo_handle = self.0.next_handle.fetch_add(1, Ordering::SeqCst) + 1;
-            call.write_argument(&argument);
-        }
-        if call.command() == core::PRIME_FD_TO_HANDLE {
-            let mut argument: core::PrimeFdToHandle = call.read_argument();
-            argument.handle = self.0.next_handle.fetch_add(1, Ordering::SeqCst) + 1;
-            call.write_argument(&argument);
+        for field in call.ioctl().argument.fields {
+            let (Kind::NewHandle(_), Some(bytes)) =
+                (field.rules[0].kind, call.bytes_mut().get_mut(field.range()))
+            else {
+                continue;
+            };
+            let handle = self.0.handles.fetch_add(1, Ordering::SeqCst) + 1;
+            bytes.copy_from_slice(&handle.to_le_bytes());
         }
         let out: Vec<_> = call.fds_out().collect();
         for field in out {
