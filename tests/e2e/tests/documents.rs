@@ -124,6 +124,67 @@ fn every_function_that_the_architecture_names_is_in_its_file() {
     assert!(checked > 20, "only {checked} functions found in the tables");
 }
 
+/// The sources of all Rust files below a folder, one after the other.
+fn sources(folder: &Path) -> String {
+    let mut all = String::new();
+    for entry in fs::read_dir(folder).unwrap() {
+        let path = entry.unwrap().path();
+        if path.is_dir() && !path.ends_with("target") {
+            all += &sources(&path);
+        } else if path.extension().is_some_and(|extension| extension == "rs") {
+            all += &fs::read_to_string(&path).unwrap();
+        }
+    }
+    all
+}
+
+#[test]
+fn every_promise_of_the_threat_model_names_tests_that_exist() {
+    let text = fs::read_to_string(workspace().join("docs/threat-model.md")).unwrap();
+    let (_, promises) = text.split_once("\n## Promises\n").unwrap();
+    let folders = [
+        "protocol",
+        "guest-driver",
+        "host-proxy",
+        "mini-vmm",
+        "tests",
+    ];
+    let source: String = folders
+        .map(|folder| sources(&workspace().join(folder)))
+        .concat();
+    let mut checked = 0;
+    for row in rows(promises) {
+        let Some(held_by) = row.last().filter(|cell| cell.contains('`')) else {
+            continue;
+        };
+        for test in quoted(held_by) {
+            let there = match test.strip_prefix("fuzz ") {
+                Some(target) => workspace()
+                    .join(format!("tests/fuzz/fuzz_targets/{target}.rs"))
+                    .exists(),
+                None => {
+                    source.contains(&format!("#[test]\n    fn {test}("))
+                        || source.contains(&format!("#[test]\nfn {test}("))
+                        || source.contains(&format!("name: \"{test}\""))
+                }
+            };
+            assert!(there, "the threat model names {test}, which is no test");
+            checked += 1;
+        }
+    }
+    assert!(checked > 40, "only {checked} tests found in the tables");
+    // Each row of a promise ends with its tests.
+    for row in rows(promises) {
+        let heading =
+            row.last() == Some(&"held by") || row.iter().all(|cell| cell.starts_with("---"));
+        assert!(
+            heading || row.last().is_some_and(|cell| cell.contains('`')),
+            "no test holds this promise: {}",
+            row.join(" | ")
+        );
+    }
+}
+
 #[test]
 fn every_module_that_may_be_unsafe_is_listed_and_no_other() {
     fn visit(folder: &Path, found: &mut BTreeSet<String>) {
