@@ -31,7 +31,7 @@ const APERTURE: u64 = 1 << 30;
 const GAP: u32 = 8;
 
 /// Linux parameters of the guest.
-const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 reboot=t mitigations=off init_on_alloc=0 \
+const PARAMETERS: &str = "console=ttyS0 quiet panic=-1 reboot=k mitigations=off init_on_alloc=0 \
 cryptomgr.notests rdinit=/bin/linux-demo-guest";
 
 /// The result, for `cargo xtask linux-demo`.

@@ -27,7 +27,7 @@ pub const TESTS: &[Test] = &[
 
 /// Linux parameters of L2.
 pub const PARAMETERS: &str =
-    "console=ttyS0 quiet panic=-1 reboot=t mitigations=off init_on_alloc=0 cryptomgr.notests";
+    "console=ttyS0 quiet panic=-1 reboot=k mitigations=off init_on_alloc=0 cryptomgr.notests";
 
 /// Nothing ends with this code by accident.
 pub const EXIT_CODE: i32 = 37;
