@@ -12,7 +12,7 @@ use pvgpu_protocol::{Errno, wire::PAGE_SIZE};
 use reservation::Reservation;
 use std::collections::BTreeMap;
 use std::io;
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Most mappings at a time (`ENOMEM`). With the holes between them they take twice as many of this process's mappings,
 /// of which Linux allows 65530 (`vm.max_map_count`); without any left, nothing could be unmapped and no thread started.
@@ -27,8 +27,8 @@ pub struct Aperture {
 struct Ranges {
     /// Free ranges: offset to length, in bytes, never adjacent to each other.
     free: BTreeMap<u64, u64>,
-    /// Number of the others, each a mapping.
-    taken: usize,
+    /// The others, each a mapping: offset to length.
+    taken: BTreeMap<u64, u64>,
 }
 
 impl Aperture {
@@ -45,7 +45,7 @@ impl Aperture {
             reservation: Reservation::new(size)?,
             ranges: Mutex::new(Ranges {
                 free: BTreeMap::from([(0, size)]),
-                taken: 0,
+                taken: BTreeMap::new(),
             }),
         })
     }
@@ -89,10 +89,46 @@ impl Aperture {
         }
     }
 
+    /// Puts the placeholder where the memory behind a mapping is gone, because its GPU was unplugged or its file was cut off,
+    /// and returns how many mappings that were: the guest then reads zeros there.
+    ///
+    /// For the VMM, to be called when KVM_RUN fails with `EFAULT`, and about every second: with interrupts enabled, KVM tries for
+    /// ever to get such a page, and does not return to say so. It takes 1 µs for each mapping, and no signal comes of it.
+    pub fn replace_lost(&self) -> usize {
+        // While this is locked, no range is given to another mapping.
+        let ranges = self.lock();
+        let mut replaced = 0;
+        let mut first = None;
+        for (&offset, &length) in &ranges.taken {
+            // A file that is cut off loses its end first, a GPU everything.
+            if self.reservation.readable(offset + length - 1) {
+                continue;
+            }
+            match self.reservation.clear(offset, length) {
+                Ok(()) => {
+                    replaced += 1;
+                    first = first.or(Some((offset, length)));
+                }
+                Err(error) => log::error!("aperture: cannot replace lost memory: {error}"),
+            }
+        }
+        if let Some((offset, length)) = first {
+            log::error!(
+                "aperture: the memory behind {replaced} of the guest's mappings is gone, and it reads zeros there (the first are \
+                 {length:#x} bytes at {offset:#x}): restart the guest once its GPU is back"
+            );
+        }
+        replaced
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ranges> {
+        self.ranges.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Takes the first free range that is long enough.
     fn allocate(&self, length: u64) -> Result<u64, Errno> {
-        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
-        if ranges.taken >= MAPPINGS_MAX {
+        let mut ranges = self.lock();
+        if ranges.taken.len() >= MAPPINGS_MAX {
             return Err(Errno::ENOMEM);
         }
         let mut free = ranges.free.iter();
@@ -103,14 +139,14 @@ impl Aperture {
         if room > length {
             ranges.free.insert(offset + length, room - length);
         }
-        ranges.taken += 1;
+        ranges.taken.insert(offset, length);
         Ok(offset)
     }
 
     /// Gives a range back and joins it with its free neighbours.
     fn release(&self, offset: u64, length: u64) {
-        let mut ranges = self.ranges.lock().unwrap_or_else(PoisonError::into_inner);
-        ranges.taken = ranges.taken.saturating_sub(1);
+        let mut ranges = self.lock();
+        ranges.taken.remove(&offset);
         let free = &mut ranges.free;
         let (mut start, mut end) = (offset, offset + length);
         if let Some((&before, &room)) = free.range(..offset).next_back()
@@ -154,6 +190,26 @@ mod tests {
         assert_eq!(aperture.reservation.read(offset), *b"hello");
         aperture.unmap(offset, PAGE_SIZE);
         assert_eq!(aperture.reservation.read(offset), [0; 5]);
+    }
+
+    #[test]
+    fn a_guest_reads_zeros_where_the_memory_behind_its_mapping_is_gone() {
+        let aperture = Aperture::new(16 * PAGE_SIZE).unwrap();
+        let (kept, lost) = (memfd(2), memfd(2));
+        for file in [&kept, &lost] {
+            file.write_at(b"hello", 0).unwrap();
+        }
+        let kept_at = aperture.map(&mapping(&kept, 0), 2 * PAGE_SIZE).unwrap();
+        let lost_at = aperture.map(&mapping(&lost, 0), 2 * PAGE_SIZE).unwrap();
+        assert_eq!(aperture.replace_lost(), 0);
+        lost.set_len(PAGE_SIZE).unwrap();
+        assert_eq!(aperture.replace_lost(), 1);
+        assert_eq!(aperture.reservation.read(lost_at), [0; 5]);
+        assert_eq!(aperture.reservation.read(lost_at + PAGE_SIZE), [0; 5]);
+        assert_eq!(aperture.reservation.read(kept_at), *b"hello");
+        assert_eq!(aperture.replace_lost(), 0);
+        aperture.unmap(lost_at, 2 * PAGE_SIZE);
+        assert_eq!(aperture.map(&mapping(&kept, 0), 2 * PAGE_SIZE), Ok(lost_at));
     }
 
     #[test]

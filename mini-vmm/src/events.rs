@@ -1,15 +1,21 @@
-//! The event loop: one thread that waits for the machine's end and for console input.
+//! The event loop: one thread that waits for the machine's end and for console input, and looks after the aperture.
 //!
 //! `vm` runs it on the thread that called it. It must never wait for a device or a vCPU.
 
 use std::fs::File;
 use std::io::Read;
 use std::os::fd::{AsRawFd, RawFd};
+use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
+use pvgpu_host_proxy::aperture::Aperture;
 
 use crate::serial::Port;
 use crate::stop::{Ending, Stop};
+
+/// How often the memory behind the aperture is checked: a vCPU that touches what is lost stands still until then.
+/// In milliseconds.
+const CHECK_PERIOD: u16 = 1000;
 
 /// Runs until the machine is stopped, feeding `input` to the serial port.
 ///
@@ -20,6 +26,7 @@ pub fn run(
     stop: &Stop,
     port: &Port,
     input: Option<(File, bool)>,
+    aperture: Option<&Aperture>,
 ) -> Result<(), event_manager::Error> {
     let mut events: EventManager<Box<dyn MutEventSubscriber>> = EventManager::new()?;
     events.add_subscriber(Box::new(Watch { stop: stop.clone() }));
@@ -33,8 +40,19 @@ pub fn run(
             state: Readiness::Waiting,
         }));
     }
+    let Some(aperture) = aperture else {
+        while !stop.stopped() {
+            events.run()?;
+        }
+        return Ok(());
+    };
+    let mut checked = Instant::now();
     while !stop.stopped() {
-        events.run()?;
+        events.run_with_timeout(CHECK_PERIOD.into())?;
+        if checked.elapsed() >= Duration::from_millis(CHECK_PERIOD.into()) {
+            aperture.replace_lost();
+            checked = Instant::now();
+        }
     }
     Ok(())
 }
@@ -228,7 +246,7 @@ mod tests {
         let port = Port::new(Box::new(std::io::sink())).unwrap();
         let events = {
             let (stop, port) = (stop.clone(), port.clone());
-            std::thread::spawn(move || run(&stop, &port, Some((file, false))))
+            std::thread::spawn(move || run(&stop, &port, Some((file, false)), None))
         };
         let writer = std::thread::spawn(write);
         assert_eq!(guest_reads(&port, expected.len()), expected);

@@ -15,6 +15,7 @@ use kvm_bindings::{
     kvm_run,
 };
 use kvm_ioctls::{KvmRunWrapper, VcpuExit, VcpuFd};
+use pvgpu_host_proxy::aperture::Aperture;
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -22,6 +23,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 use crate::bus::Bus;
 use crate::cpuid::{self, Topology};
 use crate::kvm::{KvmError, Machine};
+use crate::layout;
 use crate::ports::Ports;
 use crate::registers::{self, Entry};
 use crate::stop::{Ending, Stop};
@@ -143,6 +145,8 @@ pub struct Surroundings {
     pub ports: Arc<Ports>,
     /// RAM, only to show the instruction at which a guest failed.
     pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    /// The GPU's aperture, whose memory can get lost.
+    pub aperture: Option<Arc<Aperture>>,
     /// The machine's switch.
     pub stop: Stop,
     /// Whether the guest was told to reset by a triple fault (`reboot=t`).
@@ -233,6 +237,11 @@ impl Vcpu {
                 }
                 Ok(VcpuExit::Hlt) => count(&exits.hlt),
                 Ok(VcpuExit::Intr) => count(&exits.interrupted),
+                // Since Linux 6.8 KVM says where, before it fails with EFAULT alone.
+                Ok(VcpuExit::MemoryFault { gpa, .. }) => {
+                    count(&exits.other);
+                    self.recover(Some(gpa), around);
+                }
                 Ok(exit) => {
                     count(&exits.other);
                     let exit = Unhandled::from(&exit);
@@ -242,6 +251,10 @@ impl Vcpu {
                 }
                 Err(error) => match error.errno() {
                     libc::EINTR | libc::EAGAIN => count(&exits.interrupted),
+                    libc::EFAULT => {
+                        count(&exits.other);
+                        self.recover(None, around);
+                    }
                     _ => {
                         let cause = format!("KVM_RUN failed: {error}; {}", self.place(around));
                         around.stop.end(Ending::Failure { cause });
@@ -249,6 +262,17 @@ impl Vcpu {
                 },
             }
         }
+    }
+
+    /// The host could not give the guest the memory that it touched. Where that is lost memory behind the aperture the guest
+    /// can go on, without it.
+    fn recover(&self, address: Option<u64>, around: &Surroundings) {
+        let aperture = around.aperture.as_ref();
+        if aperture.is_some_and(|aperture| aperture.replace_lost() > 0) {
+            return;
+        }
+        let cause = format!("{}; {}", memory_fault(address), self.place(around));
+        around.stop.end(Ending::Failure { cause });
     }
 
     /// What a rare exit means for the machine; `None` where it can go on.
@@ -306,6 +330,21 @@ impl Vcpu {
         }
         place
     }
+}
+
+/// That the host has no memory for a guest-physical address, where KVM tells it, and what to do.
+fn memory_fault(address: Option<u64>) -> String {
+    let what = match address {
+        Some(address) if address >= layout::APERTURE_BASE => format!(
+            "address {address:#x}, {:#x} in the GPU's aperture",
+            address - layout::APERTURE_BASE
+        ),
+        Some(address) => format!("address {address:#x}, its RAM"),
+        None => "an address that it touched (KVM says where since Linux 6.8)".into(),
+    };
+    format!(
+        "the host has no memory for {what}: free some memory, look for errors of memory and GPU in the host's dmesg, and start it again"
+    )
 }
 
 impl std::fmt::Debug for Vcpu {
@@ -394,5 +433,24 @@ fn set_local_interrupts(fd: &VcpuFd) -> Result<(), KvmError> {
 fn set_register(lapic: &mut kvm_lapic_state, offset: usize, value: u32) {
     for (to, from) in lapic.regs.iter_mut().skip(offset).zip(value.to_le_bytes()) {
         *to = from.cast_signed();
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fault_that_the_host_cannot_resolve_is_told_with_its_place_and_a_remedy() {
+        let aperture = memory_fault(Some(layout::APERTURE_BASE + 0x5000));
+        assert!(
+            aperture.contains("0x5000 in the GPU's aperture"),
+            "{aperture}"
+        );
+        let ram = memory_fault(Some(0x1000));
+        assert!(ram.contains("address 0x1000, its RAM"), "{ram}");
+        for message in [aperture, ram, memory_fault(None)] {
+            assert!(message.contains("dmesg"), "{message}");
+        }
     }
 }

@@ -204,6 +204,7 @@ impl Vm {
         })?;
         let mut transport = None;
         let mut gpu_off = None;
+        let mut aperture = None;
         if let Some(gpu) = config.gpu {
             let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
             if let Some(range) = attached.aperture {
@@ -213,6 +214,7 @@ impl Vm {
                 unsafe { machine.add_memory(layout::slot::APERTURE, range)? };
             }
             bus.attach(attached.attachment)?;
+            aperture = attached.transport.device().aperture().cloned();
             transport = Some(attached.transport);
             gpu_off = Some(attached.off);
         }
@@ -231,6 +233,7 @@ impl Vm {
             bus: Arc::new(bus),
             ports: Arc::new(Ports::new(port.clone(), stop.clone())),
             memory: ram.map().clone(),
+            aperture,
             stop,
             triple_fault_resets: resets_by_triple_fault(&config.cmdline),
         };
@@ -309,7 +312,8 @@ impl Vm {
             }
         }
         if result.is_ok() {
-            result = events::run(&around.stop, &port, input).map_err(|error| {
+            let aperture = around.aperture.as_deref();
+            result = events::run(&around.stop, &port, input, aperture).map_err(|error| {
                 around.stop.end(Ending::Stopped { signal: None });
                 VmError::host("an event loop")(io::Error::other(error))
             });

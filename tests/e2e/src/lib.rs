@@ -19,3 +19,4 @@ pub mod recording;
 pub mod semantics;
 pub mod syscall;
 pub mod testbed;
+pub mod vanishing;

@@ -9,6 +9,7 @@ use std::sync::{Arc, OnceLock};
 
 use pvgpu_e2e::guest_vm::{self, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
+use pvgpu_e2e::vanishing;
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::soft;
@@ -41,10 +42,18 @@ fn driver() -> Arc<SoftDriver> {
     Arc::new(SoftDriver::new(SoftConfig::default()).unwrap())
 }
 
+/// Whether it is known that there is no KVM.
+fn without_kvm() -> bool {
+    let known = std::env::var_os("PVGPU_WITHOUT_KVM").is_some_and(|value| value == "1");
+    if known {
+        eprintln!("not run: PVGPU_WITHOUT_KVM says that this machine has no KVM");
+    }
+    known
+}
+
 /// Boots the guest with these words on its command line; `None` where there is no KVM and that is known.
 fn boot(command_line: &str, doorbell: Doorbell) -> Option<Run> {
-    if std::env::var_os("PVGPU_WITHOUT_KVM").is_some_and(|value| value == "1") {
-        eprintln!("not run: PVGPU_WITHOUT_KVM says that this machine has no KVM");
+    if without_kvm() {
         return None;
     }
     Some(guest_vm::run(guest(), command_line, driver(), doorbell, |_| ()).unwrap())
@@ -163,4 +172,11 @@ fn a_guest_that_sleeps_for_responses_draws_the_same_picture_as_one_that_polls() 
         picture == polled.picture.expect("a picture"),
         "the pictures differ"
     );
+}
+
+#[test]
+fn a_guest_whose_mapped_memory_goes_away_reads_zeros_and_another_guest_notices_nothing() {
+    if !without_kvm() {
+        vanishing::beside_another_guest(guest()).unwrap();
+    }
 }

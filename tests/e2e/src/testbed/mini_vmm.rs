@@ -55,6 +55,9 @@ fn tail(output: &str) -> String {
     }
 }
 
+/// Where L1 has the test guest.
+pub const TEST_GUEST: &str = "/boot/pvgpu-test-guest";
+
 /// Starts `mini-vmm run` with `arguments`.
 pub fn start(arguments: &[&str]) -> Result<Running, Failure> {
     // A file of its own, not a pipe: nobody has to read it while the guest runs.
@@ -78,7 +81,7 @@ pub fn start_guest(scenario: &str, gpu: &str, more: &[&str]) -> Result<Running, 
     let command_line = format!("scenario={scenario}");
     let always = [
         "--kernel",
-        "/boot/pvgpu-test-guest",
+        TEST_GUEST,
         "--cmdline",
         &command_line,
         "--gpu",

@@ -8,11 +8,11 @@ use std::time::Duration;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::{self as scenarios, Picture};
 
-use super::mini_vmm::{Running, start_guest};
+use super::mini_vmm::{Running, TEST_GUEST, start_guest};
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};
 use crate::loopback_file::LoopbackFile;
-use crate::{ensure, picture_file};
+use crate::{ensure, picture_file, vanishing};
 
 pub const TESTS: &[Test] = &[
     Test {
@@ -42,6 +42,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "virtio_gpu_works_after_a_guest_was_killed_while_it_drew",
         run: killed_guest,
+    },
+    Test {
+        name: "a_guest_whose_mapped_memory_goes_away_goes_on_with_zeros",
+        run: || vanishing::beside_another_guest(Path::new(TEST_GUEST)),
     },
 ];
 
