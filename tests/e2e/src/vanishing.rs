@@ -22,13 +22,21 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+/// As the default, but drawing may be slow: the testbed computes everything by emulation, twice at a time here.
+const PATIENT: SoftConfig = SoftConfig {
+    memory: 1 << 30,
+    buffers: 1024,
+    engines: 1,
+    watchdog: Duration::from_secs(60),
+};
+
 /// The driver.
 pub struct Vanishing(SoftDriver);
 
 impl Vanishing {
-    /// A GPU of the default size.
+    /// A GPU of the default size, but more patient.
     pub fn new() -> io::Result<Self> {
-        SoftDriver::new(SoftConfig::default()).map(Self)
+        SoftDriver::new(PATIENT).map(Self)
     }
 }
 
@@ -94,7 +102,7 @@ impl HostObject for Open {
 }
 
 /// How long a guest may take to notice.
-const PATIENCE: Duration = Duration::from_secs(60);
+const PATIENCE: Duration = Duration::from_secs(120);
 
 /// Runs a test guest that loses what it has mapped beside one that does not: the first goes on with zeros and ends by its own
 /// complaint about them, the second draws its picture as ever.
@@ -107,7 +115,7 @@ pub fn beside_another_guest(guest: &Path) -> Result<(), Box<dyn std::error::Erro
         run
     });
 
-    let soft = || SoftDriver::new(SoftConfig::default()).map(Arc::new);
+    let soft = || SoftDriver::new(PATIENT).map(Arc::new);
     let expected = scenarios::soft::draw(&mut LoopbackFile::open(soft()?)?, &mut |_, _| {})?;
     let other = guest_vm::run(guest, "scenario=draw", soft()?, Doorbell::Worker, |_| ())?;
     ensure!(
