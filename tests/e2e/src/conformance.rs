@@ -9,7 +9,7 @@ use pvgpu_protocol::schema::{Count, Element, Field, Kind, Space, Struct, command
 use std::ops::Range;
 
 /// A struct that goes to the host driver, and where its bytes lie in the call.
-type Placed = (&'static Struct, Range<usize>);
+pub type Placed = (&'static Struct, Range<usize>);
 
 /// What the schema does not allow in a call that is about to be performed, a line each; none in all that a proxy may hand to a
 /// driver. `owns` says which handles the file has; `limit` is the session's on messages.
@@ -35,7 +35,7 @@ pub fn violations(call: &mut Call, limit: usize, owns: &dyn Fn(Space, u32) -> bo
         found.push(format!("{} bytes exceed the limit {limit}", bytes.len()));
     }
     found.extend(misplaced(call, &bytes, argument));
-    let structs = structs(call, argument);
+    let structs = structs(call);
     let mut arrays = 0;
     for (structure, range) in &structs {
         let inside = bytes.get(range.clone()).unwrap_or_default();
@@ -95,9 +95,8 @@ pub fn violations(call: &mut Call, limit: usize, owns: &dyn Fn(Space, u32) -> bo
 /// What of a call differs from the payload that the guest has sent, though the schema passes it on as it came, a line each.
 pub fn differences(call: &mut Call, payload: &[u8]) -> Vec<String> {
     let mut found = Vec::new();
-    let argument = call.argument().len();
     let bytes = call.bytes_mut().to_vec();
-    for (structure, range) in structs(call, argument) {
+    for (structure, range) in structs(call) {
         let inside = bytes.get(range.clone()).unwrap_or_default();
         for field in structure.fields {
             let copied = match field.kind(structure, inside) {
@@ -140,9 +139,9 @@ fn misplaced(call: &Call, bytes: &[u8], argument: usize) -> Vec<String> {
     found
 }
 
-/// Every struct that the guest has sent.
-fn structs(call: &Call, argument: usize) -> Vec<Placed> {
-    let mut structs = vec![(call.ioctl().argument, 0..argument)];
+/// Every struct that the guest has sent: the argument, then the elements of arrays.
+pub fn structs(call: &Call) -> Vec<Placed> {
+    let mut structs = vec![(call.ioctl().argument, 0..call.argument().len())];
     for (array, range) in call.arrays() {
         if let Element::Struct(structure) = array.pointer.element
             && array.pointer.direction.is_in()

@@ -11,6 +11,7 @@ mod coverage;
 mod demo;
 mod dkms;
 mod docs;
+mod fuzz;
 mod linux_demo;
 mod lock_file;
 mod packages;
@@ -45,6 +46,8 @@ enum Task {
     Demo(demo::Arguments),
     /// Draw with a stock Mesa in a Debian guest, beside the same drawn natively, and write both to linux-demo.png
     LinuxDemo(linux_demo::Arguments),
+    /// Run the fuzz targets: what a guest may send, in front of the code that reads it
+    Fuzz(fuzz::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
     /// Print what `mini-vmm run --trace` recorded, a line per request
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Task::Docs(arguments) => docs::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::LinuxDemo(arguments) => linux_demo::run(&arguments),
+        Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Trace(arguments) => trace::run(&arguments),
         Task::Unsafe(arguments) => unsafe_lines::run(&arguments),

@@ -4,6 +4,7 @@
 //! `PVGPU_WITHOUT_KVM`.
 
 use crate::dkms;
+use crate::fuzz;
 use crate::lock_file;
 use crate::packages;
 use crate::say::say;
@@ -91,6 +92,14 @@ const STEPS: &[Step] = &[
             let mut command = Command::new(env!("CARGO"));
             command.args(["doc", "--quiet", "--workspace", "--no-deps"]);
             status(command.env("RUSTDOCFLAGS", "-D warnings"))
+        },
+    },
+    Step {
+        name: "fuzz",
+        what: "a minute of all fuzz targets together finds nothing",
+        run: |_| match fuzz::all(7) {
+            code if code == ExitCode::SUCCESS => Ok(()),
+            _ => Err("see above; docs/fuzzing.md says what to do".into()),
         },
     },
     Step {

@@ -1,0 +1,29 @@
+//! The control records in bincode: the hello and its answer.
+//!
+//! Decoding any bytes gives a record or `EPROTO`; a record encodes to at most as many bytes, which decode to it again.
+
+use pvgpu_protocol::Errno;
+use pvgpu_protocol::control::{Hello, HelloReply, Limits, RECORD_LIMIT, decode, encode};
+
+/// Holds a record of that type against its promises. A macro, since what a record borrows from differs.
+macro_rules! judge {
+    ($record:ty, $bytes:expr) => {
+        match decode::<$record>($bytes) {
+            Ok(record) => {
+                assert!($bytes.len() <= RECORD_LIMIT, "a record over the limit");
+                let mut buffer = [0; RECORD_LIMIT];
+                let length = encode(&record, &mut buffer).expect("no longer than it came");
+                assert!(length <= $bytes.len(), "not the shortest form");
+                assert_eq!(decode::<$record>(&buffer[..length]), Ok(record));
+            }
+            Err(errno) => assert_eq!(errno, Errno::EPROTO),
+        }
+    };
+}
+
+/// Runs one input.
+pub fn run(bytes: &[u8]) {
+    judge!(Hello<'_>, bytes);
+    judge!(HelloReply<'_>, bytes);
+    judge!(Limits, bytes);
+}
