@@ -23,4 +23,5 @@ pub mod semantics;
 pub mod session_states;
 pub mod syscall;
 pub mod testbed;
+pub mod triple_fault;
 pub mod vanishing;

@@ -3,7 +3,7 @@
 use std::io;
 use std::process::ExitCode;
 
-use pvgpu_e2e::testbed;
+use pvgpu_e2e::{testbed, triple_fault};
 
 fn main() -> ExitCode {
     let (mut filter, mut keep_going) = (String::new(), false);
@@ -24,14 +24,23 @@ fn main() -> ExitCode {
             }
         }
     }
-    match testbed::run(
+    if let Err(error) = triple_fault::watch() {
+        eprintln!("l1-tests: a triple fault will not be explained: {error}");
+    }
+    let passed = testbed::run(
         &testbed::tests(),
         &filter,
         keep_going,
         &mut io::stdout().lock(),
-    ) {
+    );
+    match passed {
         Ok(true) => ExitCode::SUCCESS,
-        Ok(false) => ExitCode::FAILURE,
+        Ok(false) => {
+            if let Ok(Some(events)) = triple_fault::before(60) {
+                println!("what KVM did before a guest's triple fault:\n{events}");
+            }
+            ExitCode::FAILURE
+        }
         Err(error) => {
             eprintln!("l1-tests: cannot write the results: {error}");
             ExitCode::from(2)
