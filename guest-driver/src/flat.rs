@@ -53,3 +53,23 @@ impl Caller for Flat {
         Ok(object)
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bytes_of_the_program_go_both_ways_and_a_null_address_is_a_fault() {
+        let mut memory = *b"program";
+        let address = memory.as_mut_ptr().expose_provenance() as u64;
+        // SAFETY: every address below is null or within `memory`, which lives longer.
+        let mut program = unsafe { Flat::new() };
+        let mut read = [0; 4];
+        program.read(address + 3, &mut read).unwrap();
+        assert_eq!(&read, b"gram");
+        program.write(address, b"PRO").unwrap();
+        assert_eq!(program.read(0, &mut read), Err(Errno::EFAULT));
+        assert_eq!(program.write(0, b"x"), Err(Errno::EFAULT));
+        assert_eq!(&memory, b"PROgram");
+    }
+}

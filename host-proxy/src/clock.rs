@@ -24,3 +24,21 @@ fn nanoseconds(clock: libc::clockid_t) -> u64 {
     let nanoseconds = u64::try_from(now.tv_nsec).unwrap_or(0);
     seconds.saturating_mul(1_000_000_000) + nanoseconds
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::time::{Duration, Instant};
+
+    #[test]
+    fn the_clock_counts_the_nanoseconds_of_the_clock_that_threads_sleep_by() {
+        let (before, start) = (monotonic_ns(), Instant::now());
+        std::thread::sleep(Duration::from_millis(2));
+        let (after, most) = (monotonic_ns(), start.elapsed() + Duration::from_secs(1));
+        let counted = Duration::from_nanos(after - before);
+        assert!(
+            counted >= Duration::from_millis(2) && counted < most,
+            "{counted:?}"
+        );
+    }
+}

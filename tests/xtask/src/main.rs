@@ -14,6 +14,7 @@ mod docs;
 mod fuzz;
 mod linux_demo;
 mod lock_file;
+mod memory_safety;
 mod packages;
 mod programs;
 mod say;

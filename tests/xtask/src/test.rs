@@ -6,6 +6,7 @@
 use crate::dkms;
 use crate::fuzz;
 use crate::lock_file;
+use crate::memory_safety;
 use crate::packages;
 use crate::say::say;
 use crate::testbed;
@@ -84,6 +85,21 @@ const STEPS: &[Step] = &[
         name: "unit",
         what: "unit, doc and end-to-end tests on this machine",
         run: |_| cargo(&["test", "--quiet", "--workspace"]),
+    },
+    Step {
+        name: "valgrind",
+        what: "valgrind finds nothing in the tests of unsafe code",
+        run: |_| memory_safety::valgrind().map_err(|error| error.to_string()),
+    },
+    Step {
+        name: "asan",
+        what: "AddressSanitizer finds nothing in the tests of unsafe code",
+        run: |_| memory_safety::asan().map_err(|error| error.to_string()),
+    },
+    Step {
+        name: "loom",
+        what: "threads that share a table without a lock agree, in any order",
+        run: |_| memory_safety::loom().map_err(|error| error.to_string()),
     },
     Step {
         name: "doc",
