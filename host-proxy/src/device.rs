@@ -67,6 +67,7 @@ use crate::descriptor::{Malformed, Writable, copy_in};
 use crate::driver::HostDriver;
 use crate::event::EventQueue;
 use crate::limit::Limit;
+use crate::sandbox::{Allowed, DEVICE, Filter, Sandbox, THREAD};
 use crate::session::{RESPONSE_HEADER, Report, Response, Session, WORKER_TIME};
 use crate::statistics::{Counters, Statistics};
 use crate::trace::Trace;
@@ -77,7 +78,7 @@ use std::fs::File;
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, PoisonError};
-use std::thread::{self, JoinHandle};
+use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_bindings::virtio_ring::{VIRTIO_RING_F_EVENT_IDX, VIRTIO_RING_F_INDIRECT_DESC};
@@ -121,6 +122,9 @@ pub struct DeviceConfig {
     pub trace: Option<File>,
     /// Most bytes of that file; later requests are counted ([`Statistics::untraced`]), not recorded.
     pub trace_limit: u64,
+    /// Whether the device's own threads are filtered. Those of the VMM are its own business, with
+    /// [`Device::system_calls`].
+    pub sandbox: Sandbox,
 }
 
 impl Default for DeviceConfig {
@@ -134,6 +138,7 @@ impl Default for DeviceConfig {
             worker_time: WORKER_TIME,
             trace: None,
             trace_limit: 1 << 30,
+            sandbox: Sandbox::default(),
         }
     }
 }
@@ -170,6 +175,8 @@ pub struct Device {
     eventfds: Vec<EventFd>,
     counters: Arc<Counters>,
     off: Arc<AtomicBool>,
+    system_calls: Vec<Allowed>,
+    filter: Filter,
     active: Option<Active>,
 }
 
@@ -192,7 +199,7 @@ struct RequestQueue {
 }
 
 impl Device {
-    /// A device that is not active yet. Fails when the eventfds of its queues cannot be had.
+    /// A device that is not active yet. Fails when the eventfds of its queues cannot be had, or the sandbox.
     pub fn new(
         driver: Arc<dyn HostDriver>,
         aperture: Option<Aperture>,
@@ -209,7 +216,13 @@ impl Device {
         let trace = config
             .trace
             .map(|file| Trace::new(file, config.trace_limit, Arc::clone(&counters)));
+        let mut system_calls = [THREAD, DEVICE].concat();
+        if config.sandbox == Sandbox::On {
+            system_calls.extend(driver.system_calls()?);
+        }
         Ok(Self {
+            filter: Filter::new(config.sandbox, &system_calls)?,
+            system_calls,
             driver,
             aperture: aperture.map(Arc::new),
             config: ConfigSpace {
@@ -312,6 +325,7 @@ impl Device {
             self.worker_time,
             report,
             Arc::clone(&self.counters),
+            self.filter.clone(),
         );
         // From here on, a reset undoes everything.
         self.active = Some(Active {
@@ -338,12 +352,18 @@ impl Device {
             }
             let (queue, session) = (Arc::clone(queue), Arc::clone(&active.session));
             let (eventfd, poll) = (eventfd.try_clone()?, self.poll);
-            let thread = thread::Builder::new().name(format!("pvgpu-queue{}", queue.ring.index));
-            active
-                .threads
-                .push(thread.spawn(move || queue.serve(&session, &eventfd, poll))?);
+            let name = format!("pvgpu-queue{}", queue.ring.index);
+            let serve = move || queue.serve(&session, &eventfd, poll);
+            active.threads.push(self.filter.spawn(name, serve)?);
         }
         Ok(())
+    }
+
+    /// The system calls that its methods make on the thread that calls them, for a VMM that filters its own threads: what
+    /// it puts into its filter beside its own ([`Filter::new`], or another library's). Without the sandbox, those of the
+    /// host driver are not among them.
+    pub fn system_calls(&self) -> &[Allowed] {
+        &self.system_calls
     }
 
     /// What an ioeventfd signals for that queue; `None` when [`Device::notify`] handles its doorbell itself: always for the

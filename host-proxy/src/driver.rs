@@ -6,9 +6,11 @@
 
 use crate::call::Call;
 use crate::cancel::Cancel;
+use crate::sandbox::Allowed;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::{self, Family};
 use std::any::Any;
+use std::io;
 use std::os::fd::{BorrowedFd, OwnedFd};
 use std::sync::Arc;
 use std::time::Duration;
@@ -34,6 +36,13 @@ pub trait HostDriver: Send + Sync {
     /// The ioctls that guests may use.
     fn families(&self) -> &'static [&'static Family] {
         family::of_driver(&self.identity().name)
+    }
+
+    /// The system calls that it makes on the threads of a device in the [sandbox](crate::sandbox), beyond
+    /// [`THREAD`](crate::sandbox::THREAD) and [`DEVICE`](crate::sandbox::DEVICE). Asked once per device, before those
+    /// threads exist: what they may not do, such as opening files, a driver gets ready for here.
+    fn system_calls(&self) -> io::Result<Vec<Allowed>> {
+        Ok(Vec::new())
     }
 
     /// Opens the device once more; the flags are those of [`pvgpu_protocol::wire::open`].

@@ -10,19 +10,25 @@
 
 mod interrupt;
 mod ioctl;
+mod opener;
 
 pub use ioctl::perform_by;
 
 use crate::call::Call;
 use crate::cancel::Cancel;
 use crate::driver::{HostDriver, HostObject, Identity, Mapping};
+use crate::sandbox::Allowed;
+pub use opener::OPENER;
+use opener::Opener;
+use pvgpu_protocol::family::Family;
+use pvgpu_protocol::schema::command;
 use pvgpu_protocol::{Errno, family, wire};
 use std::fs::{self, File, OpenOptions};
 use std::io;
 use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 use std::os::unix::fs::{FileTypeExt, MetadataExt, OpenOptionsExt};
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
 
 /// Major device number of all DRM nodes (`DRM_MAJOR` of the kernel).
@@ -33,6 +39,33 @@ const DRM_MAJOR: u32 = 226;
 pub struct DrmDriver {
     path: PathBuf,
     identity: Identity,
+    /// Opens the node for the threads of the sandbox, from when there is one.
+    opener: Mutex<Option<Arc<Opener>>>,
+}
+
+/// What the threads of a device do with a node beside its ioctls.
+static SYSTEM_CALLS: &[Allowed] = &[
+    Allowed::any(libc::SYS_ppoll, "waits for what a guest waits for"),
+    Allowed::any(libc::SYS_lseek, "the size of a dma-buf"),
+    Allowed::equal(
+        libc::SYS_fcntl,
+        1,
+        libc::F_SETFD.cast_unsigned(),
+        "descriptors that the driver gives out do not survive exec",
+    ),
+];
+
+/// What the threads of a device may do with a node whose driver speaks those families: their ioctls, in each of their
+/// forms, and what goes with them.
+pub fn system_calls(families: &[&'static Family]) -> Vec<Allowed> {
+    let ioctls = families.iter().flat_map(|family| family.ioctls);
+    let forms = ioctls.flat_map(|ioctl| {
+        let older = ioctl.older_sizes.iter().copied();
+        let older = older.map(|size| command::with_size(ioctl.command, size));
+        let forms = std::iter::once(ioctl.command).chain(older);
+        forms.map(|command| Allowed::ioctl(command, ioctl.name))
+    });
+    forms.chain(SYSTEM_CALLS.iter().copied()).collect()
 }
 
 /// Why a node cannot be offered to guests.
@@ -127,7 +160,11 @@ impl DrmDriver {
                 known: known.join(", "),
             });
         }
-        Ok(Self { path, identity })
+        Ok(Self {
+            path,
+            identity,
+            opener: Mutex::default(),
+        })
     }
 }
 
@@ -146,8 +183,23 @@ impl HostDriver for DrmDriver {
         &self.identity
     }
 
+    fn system_calls(&self) -> io::Result<Vec<Allowed>> {
+        let mut opener = self.opener.lock().unwrap_or_else(PoisonError::into_inner);
+        if opener.is_none() {
+            let started = Opener::new(self.path.clone(), &Opener::filter()?)?;
+            *opener = Some(Arc::new(started));
+        }
+        Ok(system_calls(self.families()))
+    }
+
     fn open(&self, flags: u32) -> Result<Arc<dyn HostObject>, Errno> {
-        let file = open(&self.path, flags).map_err(errno)?;
+        let opener = self.opener.lock().unwrap_or_else(PoisonError::into_inner);
+        let opener = opener.clone();
+        let file = match opener {
+            Some(opener) => opener.open(flags),
+            None => open(&self.path, flags),
+        };
+        let file = file.map_err(errno)?;
         Ok(Arc::new(DrmFile(file.into())))
     }
 }

@@ -32,6 +32,7 @@ pub mod drm;
 mod event;
 pub mod limit;
 pub mod logging;
+pub mod sandbox;
 pub mod session;
 pub mod soft;
 pub mod statistics;

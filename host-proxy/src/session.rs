@@ -11,6 +11,7 @@ use crate::clock::thread_ns;
 use crate::driver::{HostDriver, HostObject, Mapping};
 use crate::limit::{Budget, Limit};
 use crate::logging::guest_log;
+use crate::sandbox::Filter;
 use crate::statistics::{Counters, Statistics};
 use crate::worker::{Job, Workers};
 use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
@@ -296,7 +297,15 @@ impl Session {
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
     ) -> Self {
-        Self::with_counters(driver, aperture, limits, WORKER_TIME, None, Arc::default())
+        Self::with_counters(
+            driver,
+            aperture,
+            limits,
+            WORKER_TIME,
+            None,
+            Arc::default(),
+            Filter::OFF,
+        )
     }
 
     /// As [`Session::new`], reporting what the guest watches.
@@ -313,11 +322,12 @@ impl Session {
             WORKER_TIME,
             Some(report),
             Arc::default(),
+            Filter::OFF,
         )
     }
 
-    /// As [`Session::with_report`], counting into `counters`. Requests that may wait get `worker_time` of processor time
-    /// in a second.
+    /// As [`Session::with_report`], counting into `counters`, with its threads under that filter. Requests that may wait get
+    /// `worker_time` of processor time in a second.
     pub(crate) fn with_counters(
         driver: Arc<dyn HostDriver>,
         aperture: Option<Arc<Aperture>>,
@@ -325,13 +335,14 @@ impl Session {
         worker_time: Duration,
         report: Option<Report>,
         counters: Arc<Counters>,
+        filter: Filter,
     ) -> Self {
         Self(Arc::new(Shared {
             driver,
             aperture,
             limits,
             state: Mutex::default(),
-            workers: Workers::default(),
+            workers: Workers::new(filter),
             report,
             counters,
             memory: Arc::default(),

@@ -6,6 +6,7 @@
 
 use crate::cancel::Cancel;
 use crate::logging::guest_log;
+use crate::sandbox::Filter;
 use std::collections::VecDeque;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
@@ -26,6 +27,7 @@ pub struct NoThread;
 /// A pool of threads. Dropping it waits for all requests.
 pub struct Workers {
     shared: Arc<Shared>,
+    filter: Filter,
 }
 
 struct Shared {
@@ -47,9 +49,11 @@ struct State {
     closing: bool,
 }
 
-impl Default for Workers {
-    fn default() -> Self {
+impl Workers {
+    /// A pool without threads, which start under that filter.
+    pub fn new(filter: Filter) -> Self {
         Self {
+            filter,
             shared: Arc::new(Shared {
                 state: Mutex::default(),
                 job: Condvar::new(),
@@ -57,18 +61,16 @@ impl Default for Workers {
             }),
         }
     }
-}
 
-impl Workers {
     /// Runs a job on a thread of the pool. The job is made only when there is a thread for it: otherwise whatever it
     /// would hold is still the caller's.
     pub fn run(&self, job: impl FnOnce() -> Job) -> Result<(), NoThread> {
         let mut state = self.shared.lock();
         if state.idle <= state.jobs.len() {
             let shared = Arc::clone(&self.shared);
-            let started = thread::Builder::new()
-                .name("pvgpu-worker".into())
-                .spawn(move || shared.work());
+            let started = self
+                .filter
+                .spawn("pvgpu-worker".into(), move || shared.work());
             match started {
                 Ok(_) => state.threads += 1,
                 Err(error) => {
@@ -85,8 +87,7 @@ impl Workers {
     /// Cancels a request and wakes it until it is done.
     pub fn cancel(&self, cancel: Arc<Cancel>) {
         self.cancel_on(cancel, |wake| {
-            let thread = thread::Builder::new().name("pvgpu-cancel".into());
-            thread.spawn(wake).map(drop)
+            self.filter.spawn("pvgpu-cancel".into(), wake).map(drop)
         });
     }
 
@@ -210,7 +211,7 @@ mod tests {
 
     #[test]
     fn a_waiting_job_does_not_hold_up_another() {
-        let workers = Workers::default();
+        let workers = Workers::new(Filter::OFF);
         let (release, blocked) = mpsc::channel::<()>();
         let (done, result) = mpsc::channel();
         workers
@@ -225,7 +226,7 @@ mod tests {
 
     /// Cancels a job that loses the first wake-up, and waits for its end.
     fn cancel_with_a_lost_wake_up(cancel_on: impl FnOnce(&Workers, Arc<Cancel>)) {
-        let workers = Workers::default();
+        let workers = Workers::new(Filter::OFF);
         let cancel = Arc::new(Cancel::new());
         let (wake, woken) = mpsc::channel();
         let (done, result) = mpsc::channel();
@@ -265,7 +266,7 @@ mod tests {
 
     #[test]
     fn a_job_that_is_cancelled_twice_does_not_hold_up_the_end() {
-        let workers = Workers::default();
+        let workers = Workers::new(Filter::OFF);
         let cancel = Arc::new(Cancel::new());
         let (wake, woken) = mpsc::channel();
         let job_cancel = Arc::clone(&cancel);
@@ -289,7 +290,7 @@ mod tests {
 
     #[test]
     fn dropping_the_pool_waits_for_its_jobs() {
-        let workers = Workers::default();
+        let workers = Workers::new(Filter::OFF);
         let (done, result) = mpsc::channel();
         workers
             .run(|| {

@@ -7,14 +7,15 @@
 use super::buffer::Buffer;
 use super::command::{self, Command};
 use super::fence::{Fence, Observer, Status, lock};
+use crate::sandbox::Filter;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::soft::{HANGS_MAX, QUEUE_MAX};
 use std::collections::{BTreeMap, VecDeque};
+use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Condvar, Mutex, PoisonError, Weak};
 use std::thread::JoinHandle;
 use std::time::{Duration, Instant};
-use std::{io, thread};
 
 /// Most bytes that the jobs of one queue may take (`EAGAIN`).
 const QUEUE_BYTES_MAX: usize = 16 << 20;
@@ -401,16 +402,21 @@ pub(super) struct Engines {
 }
 
 impl Engines {
-    /// Starts `count` engines.
-    pub(super) fn start(scheduler: &Arc<Scheduler>, count: u32) -> io::Result<Self> {
+    /// Starts `count` engines under that filter.
+    pub(super) fn start(
+        scheduler: &Arc<Scheduler>,
+        count: u32,
+        filter: &Filter,
+    ) -> io::Result<Self> {
         let mut engines = Self {
             scheduler: scheduler.clone(),
             threads: Vec::new(),
         };
         for number in 0..count {
             let scheduler = scheduler.clone();
-            let thread = thread::Builder::new().name(format!("soft-engine-{number}"));
-            engines.threads.push(thread.spawn(move || scheduler.run())?);
+            let name = format!("soft-engine-{number}");
+            let thread = filter.spawn(name, move || scheduler.run())?;
+            engines.threads.push(thread);
         }
         Ok(engines)
     }

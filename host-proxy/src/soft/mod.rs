@@ -19,6 +19,7 @@ mod syncobj;
 mod tests;
 
 use crate::driver::{HostDriver, HostObject, Identity};
+use crate::sandbox::{Allowed, Filter, Sandbox, THREAD};
 use buffer::Account;
 use engine::{Engines, Scheduler};
 use file::File;
@@ -40,6 +41,8 @@ pub struct SoftConfig {
     pub engines: u32,
     /// How long a submission may run before its engine is reset.
     pub watchdog: Duration,
+    /// Whether the engines are filtered.
+    pub sandbox: Sandbox,
 }
 
 impl Default for SoftConfig {
@@ -49,9 +52,24 @@ impl Default for SoftConfig {
             buffers: 16_384,
             engines: 1,
             watchdog: Duration::from_secs(5),
+            sandbox: Sandbox::default(),
         }
     }
 }
+
+/// What the threads of a device do for the embedded GPU, whose ioctls never reach the kernel: buffer objects are made.
+pub static SYSTEM_CALLS: &[Allowed] = &[
+    Allowed::any(libc::SYS_memfd_create, MEMORY),
+    Allowed::any(libc::SYS_ftruncate, MEMORY),
+    Allowed::equal(
+        libc::SYS_fcntl,
+        1,
+        libc::F_ADD_SEALS.cast_unsigned(),
+        MEMORY,
+    ),
+];
+
+const MEMORY: &str = "memory of a buffer object";
 
 /// The embedded GPU.
 pub struct SoftDriver {
@@ -71,6 +89,7 @@ impl SoftDriver {
     pub fn new(config: SoftConfig) -> io::Result<Self> {
         let buffers = config.buffers.min(memory::descriptor_limit()? / 2);
         let scheduler = Scheduler::new(config.watchdog);
+        let filter = Filter::new(config.sandbox, THREAD)?;
         let device = Device {
             identity: Identity {
                 name: "soft".into(),
@@ -79,7 +98,7 @@ impl SoftDriver {
                 description: "pvgpu embedded software GPU".into(),
             },
             account: Arc::new(Account::new(config.memory, buffers)),
-            engines: Engines::start(&scheduler, config.engines.max(1))?,
+            engines: Engines::start(&scheduler, config.engines.max(1), &filter)?,
             scheduler,
         };
         Ok(Self {
@@ -91,6 +110,10 @@ impl SoftDriver {
 impl HostDriver for SoftDriver {
     fn identity(&self) -> &Identity {
         &self.device.identity
+    }
+
+    fn system_calls(&self) -> io::Result<Vec<Allowed>> {
+        Ok(SYSTEM_CALLS.to_vec())
     }
 
     fn open(&self, flags: u32) -> Result<Arc<dyn HostObject>, Errno> {

@@ -9,6 +9,7 @@ use pvgpu_host_proxy::call::Call;
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
 use pvgpu_protocol::schema::Kind;
+use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
 use std::sync::atomic::{AtomicU32, AtomicUsize, Ordering};
@@ -22,6 +23,7 @@ use crate::inspection::{Seen, inspect};
 pub struct Recording {
     identity: Identity,
     record: Arc<Record>,
+    memory: Arc<File>,
 }
 
 /// What has reached it.
@@ -102,8 +104,16 @@ impl Default for Recording {
                 description: "recording".into(),
             },
             record: Arc::default(),
+            memory: Arc::new(memory().expect("a temporary file")),
         }
     }
+}
+
+/// What all mappings show; made here, since the threads that map may open no files.
+fn memory() -> std::io::Result<File> {
+    let file = tempfile::tempfile()?;
+    file.set_len(1 << 40)?;
+    Ok(file)
 }
 
 impl Recording {
@@ -130,16 +140,16 @@ impl HostDriver for Recording {
     }
 
     fn open(&self, _flags: u32) -> Result<Arc<dyn HostObject>, Errno> {
-        Ok(Arc::new(Object::new(Arc::clone(&self.record))))
+        Ok(Arc::new(Object::new(&self.record, &self.memory)))
     }
 }
 
-struct Object(Arc<Record>);
+struct Object(Arc<Record>, Arc<File>);
 
 impl Object {
-    fn new(record: Arc<Record>) -> Self {
+    fn new(record: &Arc<Record>, memory: &Arc<File>) -> Self {
         record.open.fetch_add(1, Ordering::SeqCst);
-        Self(record)
+        Self(Arc::clone(record), Arc::clone(memory))
     }
 
     fn wait(cancel: &Cancel, timeout: Duration) -> Result<(), Errno> {
@@ -180,14 +190,13 @@ impl HostObject for Object {
         }
         let out: Vec<_> = call.fds_out().collect();
         for field in out {
-            call.put_object(field, Arc::new(Self::new(Arc::clone(&self.0))));
+            call.put_object(field, Arc::new(Self::new(&self.0, &self.1)));
         }
         Ok(0)
     }
 
-    fn mapping(&self, offset: u64, length: u64, _protection: u32) -> Result<Mapping, Errno> {
-        let file = tempfile::tempfile().map_err(|_| Errno::ENOMEM)?;
-        file.set_len(offset + length).map_err(|_| Errno::ENOMEM)?;
+    fn mapping(&self, offset: u64, _length: u64, _protection: u32) -> Result<Mapping, Errno> {
+        let file = self.1.try_clone().map_err(|_| Errno::EMFILE)?;
         Ok(Mapping {
             fd: OwnedFd::from(file),
             offset,

@@ -10,6 +10,7 @@ use pvgpu_guest_driver::session::{ObjectId, Session};
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_host_proxy::session::Session as HostSession;
 use pvgpu_host_proxy::soft::SoftConfig;
 use pvgpu_host_proxy::{Errno, Limits};
@@ -100,6 +101,7 @@ pub const GPU: SoftConfig = SoftConfig {
     buffers: 1024,
     engines: 1,
     watchdog: Duration::from_secs(3600),
+    sandbox: Sandbox::On,
 };
 
 /// How a session ends.

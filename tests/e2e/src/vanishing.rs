@@ -9,6 +9,7 @@ use pvgpu_host_proxy::call::Call;
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::Ending;
 use pvgpu_protocol::family::soft::DRM_IOCTL_SOFT_SUBMIT;
@@ -28,6 +29,7 @@ const PATIENT: SoftConfig = SoftConfig {
     buffers: 1024,
     engines: 1,
     watchdog: Duration::from_secs(60),
+    sandbox: Sandbox::On,
 };
 
 /// The driver.
