@@ -9,7 +9,7 @@ use pvgpu_host_proxy::call::Call;
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
-use pvgpu_host_proxy::sandbox::Sandbox;
+use pvgpu_host_proxy::sandbox::{Allowed, Sandbox};
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::Ending;
 use pvgpu_protocol::family::soft::DRM_IOCTL_SOFT_SUBMIT;
@@ -45,6 +45,12 @@ impl Vanishing {
 impl HostDriver for Vanishing {
     fn identity(&self) -> &Identity {
         self.0.identity()
+    }
+
+    fn system_calls(&self) -> io::Result<Vec<Allowed>> {
+        let mut calls = self.0.system_calls()?;
+        calls.push(Allowed::any(libc::SYS_openat, "a file behind each mapping"));
+        Ok(calls)
     }
 
     fn open(&self, flags: u32) -> Result<Arc<dyn HostObject>, Errno> {

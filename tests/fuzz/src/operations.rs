@@ -9,6 +9,7 @@ use crate::{hello, ioctl, judge, request};
 use arbitrary::{Arbitrary, Result, Unstructured};
 use pvgpu_host_proxy::Limits;
 use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_host_proxy::session::{Pending, Response, Session};
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_protocol::family::core::{self, syncobj};
@@ -52,6 +53,7 @@ static GPU: LazyLock<Arc<SoftDriver>> = LazyLock::new(|| {
         buffers: 64,
         engines: 2,
         watchdog: Duration::from_millis(20),
+        sandbox: Sandbox::Off,
     };
     Arc::new(SoftDriver::new(config).expect("threads"))
 });

@@ -8,6 +8,7 @@ use pvgpu_host_proxy::Errno;
 use pvgpu_host_proxy::call::{Call, Owned};
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject};
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_protocol::family::soft::{self, opcode};
 use pvgpu_protocol::family::{find, of_driver};
@@ -29,6 +30,7 @@ const STREAM: usize = 8 << 10;
 static GPU: LazyLock<SoftDriver> = LazyLock::new(|| {
     let config = SoftConfig {
         watchdog: Duration::from_secs(60),
+        sandbox: Sandbox::Off,
         ..SoftConfig::default()
     };
     SoftDriver::new(config).expect("a thread")

@@ -8,6 +8,7 @@ use crate::answering::Answering;
 use crate::decode::{LIMITS, prelude};
 use arbitrary::{Arbitrary, Result, Unstructured};
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Doorbell};
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_mini_vmm::bus::MmioDevice;
 use pvgpu_mini_vmm::virtio_mmio::{MAGIC, NON_LEGACY, SharedMemory, VENDOR, VirtioMmio, register};
 use pvgpu_protocol::wire::CONFIG_MAGIC;
@@ -75,6 +76,7 @@ fn drive(mut input: Unstructured<'_>) -> Result<()> {
         queue_size: SIZE,
         doorbell: Doorbell::Inline,
         limits: LIMITS,
+        sandbox: Sandbox::Off,
         ..DeviceConfig::default()
     };
     let device = Device::new(Arc::new(driver), None, config).expect("eventfds");

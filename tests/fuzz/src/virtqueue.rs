@@ -10,6 +10,7 @@ use crate::decode::{LIMITS, prelude};
 use crate::request;
 use arbitrary::{Arbitrary, Result, Unstructured};
 use pvgpu_host_proxy::device::{Device, DeviceConfig, Doorbell, Interrupt};
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_protocol::wire::{Operation, PollRequest, WatchRequest};
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -108,6 +109,7 @@ fn abuse(mut input: Unstructured<'_>) -> Result<()> {
         },
         poll: Duration::from_micros(10),
         limits: LIMITS,
+        sandbox: Sandbox::Off,
         ..DeviceConfig::default()
     };
     let device = Device::new(Arc::new(driver), None, config).expect("eventfds");
