@@ -1,6 +1,7 @@
 //! What a process has of the kernel, and whether it has more than before: for tests and `cargo xtask soak`, which look for
 //! leaks. It only reads `/proc`.
 
+use crate::live_heap;
 use serde::Serialize;
 use std::fmt;
 use std::fs;
@@ -25,14 +26,14 @@ pub struct Footprint {
 
 /// How much more than the base line is no leak.
 ///
-/// Descriptors and threads come back exactly. The C library keeps what it has got: stacks of ended threads (up to 40 MiB, two
-/// mappings of 2 MiB each) and an arena of its heap for each thread that there ever was at a time (at most 8 per processor, two
-/// mappings each), in which freed memory stays. A leak grows with the number of sessions, these do not.
+/// Descriptors and threads come back exactly. The C library keeps some of what it has got: stacks of ended threads (up to 40 MiB
+/// of 2 MiB and two mappings each), arenas of its heap for threads that there were at the same time (at most 8 per processor, two
+/// mappings each), and in those what is less than a free page. A leak grows with the number of sessions, these do not.
 pub const TOLERANCE: Footprint = Footprint {
     descriptors: 0,
     mappings: 64,
     threads: 0,
-    resident: 24 << 10,
+    resident: 12 << 10,
     data: 56 << 10,
 };
 
@@ -94,12 +95,18 @@ impl Footprint {
         (!leaks.is_empty()).then(|| leaks.join(", "))
     }
 
+    /// Of this process without load.
+    pub fn at_rest() -> io::Result<Self> {
+        live_heap::trim();
+        Self::own()
+    }
+
     /// Waits until this process has no more than `base`, since threads and engines take a moment to end; then `Ok` is what it
     /// has, otherwise `Err` is the leak.
     pub fn settle(base: &Self, patience: Duration) -> Result<Self, String> {
         let deadline = Instant::now() + patience;
         loop {
-            let now = Self::own().map_err(|error| error.to_string())?;
+            let now = Self::at_rest().map_err(|error| error.to_string())?;
             match now.leak_since(base) {
                 None => return Ok(now),
                 Some(leak) if Instant::now() >= deadline => return Err(leak),

@@ -35,18 +35,7 @@ pub fn run(
     line: impl FnMut(&str) + Send + 'static,
 ) -> Result<Run, VmError> {
     let lines = Lines::new(line);
-    let mut config = VmConfig::new(guest);
-    config.cmdline = command_line.into();
-    config.gpu = Some(Gpu {
-        driver,
-        aperture: APERTURE,
-        device: DeviceConfig {
-            doorbell,
-            ..DeviceConfig::default()
-        },
-    });
-    config.console = Console::output(lines.clone());
-    config.dump = Some(DumpTarget::Memory);
+    let config = config(guest, command_line, driver, doorbell, lines.clone());
     let mut outcome = Vm::new(config)?.run()?;
     let spoken = std::mem::take(&mut lines.lock().lines);
     let picture = outcome.dump.take().and_then(|rgba| {
@@ -63,6 +52,29 @@ pub fn run(
         lines: spoken,
         picture,
     })
+}
+
+/// The machine that [`run`] boots, for those who want to stop it.
+pub fn config(
+    guest: &Path,
+    command_line: &str,
+    driver: Arc<dyn HostDriver>,
+    doorbell: Doorbell,
+    lines: Lines,
+) -> VmConfig {
+    let mut config = VmConfig::new(guest);
+    config.cmdline = command_line.into();
+    config.gpu = Some(Gpu {
+        driver,
+        aperture: APERTURE,
+        device: DeviceConfig {
+            doorbell,
+            ..DeviceConfig::default()
+        },
+    });
+    config.console = Console::output(lines);
+    config.dump = Some(DumpTarget::Memory);
+    config
 }
 
 /// Width and height in the line `picture 1280x720, ...`.

@@ -17,6 +17,19 @@ pub fn bytes() -> usize {
     BYTES.load(Ordering::Relaxed)
 }
 
+/// Keeps the C library from learning to keep ever larger freed blocks, in each of its arenas, which would look like a leak. To be
+/// called first of all.
+pub fn steady() {
+    // SAFETY: it sets a number: from this size on, a block has pages of its own, which go with it.
+    unsafe { libc::mallopt(libc::M_MMAP_THRESHOLD, 128 << 10) };
+}
+
+/// Gives freed memory that the C library keeps in its arenas back to the kernel, which would otherwise look like a leak.
+pub fn trim() {
+    // SAFETY: it changes only what is free.
+    unsafe { libc::malloc_trim(0) };
+}
+
 // SAFETY: everything is done by `System`, with what the caller gave; counting allocates nothing.
 unsafe impl GlobalAlloc for Counting {
     unsafe fn alloc(&self, layout: Layout) -> *mut u8 {

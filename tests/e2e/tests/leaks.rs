@@ -22,6 +22,7 @@ static ALONE: Mutex<()> = Mutex::new(());
 /// Opens and ends sessions in all states by these ends, and compares what there is before and after.
 fn leaves_nothing_behind(ends: &[End]) {
     let _alone = ALONE.lock().unwrap_or_else(PoisonError::into_inner);
+    live_heap::steady();
     let sessions = std::env::var("PVGPU_LEAK_SESSIONS").ok();
     let sessions = sessions.map_or(SESSIONS, |number| number.parse().unwrap());
     let driver: Arc<dyn HostDriver> = Arc::new(SoftDriver::new(states::GPU).unwrap());
@@ -34,7 +35,7 @@ fn leaves_nothing_behind(ends: &[End]) {
     }
     std::thread::sleep(Duration::from_millis(200));
     let free = states::free_memory(&driver).unwrap();
-    let (base, heap) = (Footprint::own().unwrap(), live_heap::bytes());
+    let (base, heap) = (Footprint::at_rest().unwrap(), live_heap::bytes());
     let start = Instant::now();
     for (state, end) in all.cycle().take(sessions / 2) {
         states::open_and_end(&driver, state, end).unwrap();

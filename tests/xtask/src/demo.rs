@@ -54,7 +54,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 }
 
 /// Why this machine cannot run a VM, and what to do about it.
-fn kvm() -> Result<(), String> {
+pub fn kvm() -> Result<(), String> {
     let testbed = "`cargo xtask testbed` needs no KVM: it brings its own machine";
     match OpenOptions::new().read(true).write(true).open("/dev/kvm") {
         Ok(_) => Ok(()),

@@ -18,6 +18,7 @@ mod memory_safety;
 mod packages;
 mod programs;
 mod say;
+mod soak;
 mod test;
 mod test_programs;
 mod testbed;
@@ -49,6 +50,8 @@ enum Task {
     LinuxDemo(linux_demo::Arguments),
     /// Run the fuzz targets: what a guest may send, in front of the code that reads it
     Fuzz(fuzz::Arguments),
+    /// Start and kill VMs, open and end sessions and draw for minutes, and tell what is left of them
+    Soak(soak::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
     /// Print what `mini-vmm run --trace` recorded, a line per request
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::Demo(arguments) => demo::run(&arguments),
         Task::LinuxDemo(arguments) => linux_demo::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),
+        Task::Soak(arguments) => soak::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
         Task::Trace(arguments) => trace::run(&arguments),
         Task::Unsafe(arguments) => unsafe_lines::run(&arguments),

@@ -91,6 +91,12 @@ pub const BENCH: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// A mixed load that must leave nothing behind.
+pub const SOAK: Program = Program {
+    name: "soak",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// The VMM.
 pub const MINI_VMM: Program = Program {
     name: "mini-vmm",
