@@ -15,6 +15,8 @@ macro_rules! judge {
                 let length = encode(&record, &mut buffer).expect("no longer than it came");
                 assert!(length <= $bytes.len(), "not the shortest form");
                 assert_eq!(decode::<$record>(&buffer[..length]), Ok(record));
+                let longer = [$bytes, &[0]].concat();
+                assert_eq!(decode::<$record>(&longer), Err(Errno::EPROTO));
             }
             Err(errno) => assert_eq!(errno, Errno::EPROTO),
         }

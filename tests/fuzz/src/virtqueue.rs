@@ -33,6 +33,8 @@ const TABLE: u64 = 0x2000;
 /// Where requests and responses are put, [`SLOT`] bytes each.
 const SLOTS: u64 = 0x3000;
 const SLOT: u64 = 0x400;
+/// Bytes of memory that are compared at once.
+const LINE: usize = 64;
 
 const NEXT: u16 = 1;
 const WRITE: u16 = 2;
@@ -118,9 +120,9 @@ fn abuse(mut input: Unstructured<'_>) -> Result<()> {
         features,
         used: [0; 2],
         writable: Some(Vec::new()),
+        snapshots: [(); 2].map(|()| vec![0; usize::try_from(MEMORY).expect("64 bits")]),
     };
-    let length = usize::try_from(MEMORY).expect("64 bits");
-    guest.store(0, &vec![0; length]);
+    store(0, &guest.snapshots[0]);
     guest.start();
     let steps: Vec<Step> = input.arbitrary()?;
     if !concurrent {
@@ -167,6 +169,8 @@ struct Guest {
     /// Where the device may write: whatever it was given since it was started, since a request that waits is answered later.
     /// `None` when it was told to write where it looks for descriptors: then it follows what it has written itself.
     writable: Option<Vec<Range<u64>>>,
+    /// The guest's memory before and after a doorbell.
+    snapshots: [Vec<u8>; 2],
 }
 
 impl Guest {
@@ -197,10 +201,6 @@ impl Guest {
             .expect("valid queues");
     }
 
-    fn store(&self, address: u64, bytes: &[u8]) {
-        store(address, bytes);
-    }
-
     fn step(&mut self, step: Step, alone: bool) {
         match step {
             Step::Doorbell { queue } => self.ring(u16::from(queue % 4), alone),
@@ -217,8 +217,9 @@ impl Guest {
         if !alone || self.writable.is_none() {
             return self.device.notify(queue);
         }
-        let before = snapshot();
-        match (&mut self.writable, writable(&before)) {
+        let [before, after] = &mut self.snapshots;
+        snapshot(before);
+        match (&mut self.writable, writable(before)) {
             (Some(known), Some(new)) => known.extend(new),
             (known, _) => *known = None,
         }
@@ -226,9 +227,9 @@ impl Guest {
         let Some(writable) = &self.writable else {
             return;
         };
-        let after = snapshot();
+        snapshot(after);
         for (base, seen) in QUEUES.into_iter().zip(&mut self.used) {
-            let [old, new] = [&before, &after].map(|memory| half(memory, base + USED + 2));
+            let [old, new] = [&*before, &*after].map(|memory| half(memory, base + USED + 2));
             // The guest may have written there itself.
             assert!(
                 old != *seen || new.wrapping_sub(old) <= SIZE,
@@ -236,11 +237,14 @@ impl Guest {
             );
             *seen = new;
         }
-        for (at, (old, new)) in (0..).zip(before.iter().zip(&after)) {
-            assert!(
-                old == new || writable.iter().any(|range| range.contains(&at)),
-                "the device has written to {at:#x}, which it was not given"
-            );
+        let lines = before.chunks(LINE).zip(after.chunks(LINE)).zip(0..);
+        for ((old, new), line) in lines.filter(|((old, new), _)| old != new) {
+            for (at, (old, new)) in (line * LINE as u64..).zip(old.iter().zip(new)) {
+                assert!(
+                    old == new || writable.iter().any(|range| range.contains(&at)),
+                    "the device has written to {at:#x}, which it was not given"
+                );
+            }
         }
     }
 }
@@ -391,13 +395,12 @@ fn store(address: u64, bytes: &[u8]) {
         .expect("in memory");
 }
 
-fn snapshot() -> Vec<u8> {
-    let mut bytes = vec![0; usize::try_from(MEMORY).expect("64 bits")];
+/// Copies all of the guest's memory.
+fn snapshot(bytes: &mut [u8]) {
     let memory = GUEST.memory();
     memory
-        .read_slice(&mut bytes, GuestAddress(0))
+        .read_slice(bytes, GuestAddress(0))
         .expect("in memory");
-    bytes
 }
 
 fn half(memory: &[u8], address: u64) -> u16 {
