@@ -68,8 +68,14 @@ enum Step {
     Offer { queue: bool, head: u8 },
     /// Sets an index, the flags or the event index of a ring.
     Index { queue: bool, field: u8, value: u16 },
-    /// Puts a request and room for its response into a slot, as a chain of two that starts at this descriptor, and offers it.
-    Request { slot: u8, head: u8, what: u8 },
+    /// Puts a request and room for its response into a slot, as a chain that starts at this descriptor, and offers it. The first
+    /// buffer for the response has that many bytes.
+    Request {
+        slot: u8,
+        head: u8,
+        what: u8,
+        first: u8,
+    },
     /// Gives the event queue a buffer.
     Buffer { slot: u8, head: u8, length: u8 },
     /// Writes bytes anywhere.
@@ -320,16 +326,26 @@ fn write_step(step: &Step) {
             };
             store(base + field, &value.to_le_bytes());
         }
-        Step::Request { slot, head, what } => {
+        Step::Request {
+            slot,
+            head,
+            what,
+            first,
+        } => {
             let place = SLOTS + u64::from(slot % 16) * SLOT;
             let bytes = message(what);
-            let head = u64::from(head % (SIZE - 1) as u8);
+            let head = u16::from(head) % (SIZE - 2);
             store(place, &bytes);
             let length = u32::try_from(bytes.len()).expect("short");
-            let next = u16::try_from(head + 1).expect("small");
-            descriptor(QUEUES[0], head, place, length, NEXT, next);
-            descriptor(QUEUES[0], head + 1, place + SLOT / 2, 0x200, WRITE, 0);
-            offer(false, u16::try_from(head).expect("small"));
+            let chain = [
+                (place, length, NEXT),
+                (place + SLOT / 2, first.into(), WRITE | NEXT),
+                (place + SLOT * 3 / 4, 0x80, WRITE),
+            ];
+            for (index, (address, length, flags)) in (head..).zip(chain) {
+                descriptor(QUEUES[0], index.into(), address, length, flags, index + 1);
+            }
+            offer(false, head);
         }
         Step::Buffer { slot, head, length } => {
             let place = SLOTS + u64::from(slot % 16) * SLOT;
