@@ -1,6 +1,6 @@
 //! What a call is when it reaches the kernel: looked at as the kernel would, through the addresses in the argument.
 //!
-//! [`crate::recording`] inspects every call; tests of a guest that changes its requests while they are read then compare
+//! [`crate::recording`] inspects every call, by the rules of its schema too ([`crate::conformance`]); tests of a guest that changes its requests while they are read then compare
 //! what was seen with the copies in a trace ([`compare`]). The rules of the schemas are applied here once more, by code
 //! that is not the proxy's: that is the point.
 #![allow(unsafe_code)]
@@ -11,11 +11,13 @@ use pvgpu_host_proxy::drm::perform_by;
 use pvgpu_protocol::control::decode_trace;
 use pvgpu_protocol::family::{self, Family};
 use pvgpu_protocol::layout::{Layout, PRESENT, Payload, lay_out, structs};
-use pvgpu_protocol::schema::{Element, Ioctl, Kind, command};
+use pvgpu_protocol::schema::{Ioctl, Kind, command};
 use pvgpu_protocol::wire::{IoctlRequest, Operation, RequestHeader};
 use std::collections::BTreeMap;
 use std::ops::Range;
 use zerocopy::FromBytes;
+
+use crate::conformance::violations;
 
 /// A call as the kernel would copy it: its command, then the payload of its request with nothing in it that means
 /// something to one side only (addresses, descriptors, times, the guest's bytes in output fields).
@@ -57,6 +59,9 @@ pub fn inspect(
     owned: impl Fn(u32) -> bool,
     guest: &[Range<usize>],
 ) -> Result<Seen, String> {
+    if let Some(violation) = violations(call, usize::MAX, &|_, handle| owned(handle)).pop() {
+        return Err(violation);
+    }
     let (ioctl, length) = (call.ioctl(), call.bytes_mut().len());
     let mut result = Err(String::new());
     perform_by(call, |number, argument| {
@@ -71,7 +76,7 @@ pub fn inspect(
                 // SAFETY: `perform_by` promises that all of the call's bytes are there until this returns, and nobody
                 // writes to them.
                 let bytes = unsafe { std::slice::from_raw_parts(argument, length) };
-                follow(ioctl, number, own.start as u64, bytes, &owned)
+                follow(ioctl, number, own.start as u64, bytes)
             }
         };
         Ok(0)
@@ -81,13 +86,7 @@ pub fn inspect(
 }
 
 /// Follows the addresses of a call whose memory is at `base`.
-fn follow(
-    ioctl: &'static Ioctl,
-    number: u32,
-    base: u64,
-    bytes: &[u8],
-    owned: impl Fn(u32) -> bool,
-) -> Result<Seen, String> {
+fn follow(ioctl: &'static Ioctl, number: u32, base: u64, bytes: &[u8]) -> Result<Seen, String> {
     let name = ioctl.name;
     let size = ioctl
         .accept(number)
@@ -111,58 +110,8 @@ fn follow(
         }
     }
     let mut payload = memory.payload;
-    check(ioctl, &layout, &payload, owned)?;
     normalize(ioctl, &layout, &mut payload);
     Ok((number, payload))
-}
-
-/// Applies the rules of the schema to what reached the kernel.
-fn check(
-    ioctl: &'static Ioctl,
-    layout: &Layout,
-    payload: &[u8],
-    owned: impl Fn(u32) -> bool,
-) -> Result<(), String> {
-    let owned = |handle: u64| u32::try_from(handle).is_ok_and(&owned);
-    for (structure, range) in structs(ioctl, layout.argument, &layout.arrays) {
-        let bytes = payload
-            .get(range)
-            .ok_or("a struct outside of the payload")?;
-        for field in structure.fields {
-            let value = field.read(bytes);
-            let zero = || {
-                let bytes = bytes.get(field.range()).unwrap_or_default();
-                bytes.iter().all(|byte| *byte == 0)
-            };
-            let allowed = match *field.kind(structure, bytes) {
-                Kind::Value | Kind::Pointer(_) | Kind::Deadline | Kind::Fd(..) => true,
-                Kind::Output | Kind::NewHandle(_) | Kind::Zero => zero(),
-                Kind::Flags(flags) => value & !flags == 0,
-                Kind::OneOf(values) => values.contains(&value),
-                Kind::OptionalHandle { .. } => value == 0 || owned(value),
-                Kind::Handle { .. } | Kind::ClosedHandle { .. } => owned(value),
-            };
-            if !allowed {
-                return Err(format!(
-                    "{}: {}.{} is {value:#x}, which the schema does not allow",
-                    ioctl.name, structure.name, field.name
-                ));
-            }
-        }
-    }
-    for array in &layout.arrays {
-        let (Element::Handles { .. }, Some(start)) = (array.pointer.element, array.request) else {
-            continue;
-        };
-        let handles = payload.get(start..start + array.length).unwrap_or_default();
-        for handle in handles.chunks_exact(4) {
-            let handle = handle.try_into().map_or(0, u32::from_le_bytes);
-            if !owned(handle.into()) {
-                return Err(format!("{}: handle {handle} of nobody", ioctl.name));
-            }
-        }
-    }
-    Ok(())
 }
 
 /// Takes out what means something to one side only. What is taken out decides over no other field.

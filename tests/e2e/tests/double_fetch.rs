@@ -40,6 +40,8 @@ const INDIRECT: u16 = 4;
 const LIMIT: u32 = 1024;
 /// Calls that must get through, and requests that must be refused, before a test believes that it has raced.
 const ENOUGH: usize = 200;
+/// Times that a chain must have been read by then: a moment between two reads is short.
+const ROUNDS: usize = 20_000;
 /// Rings that must have been broken by then; each takes a session.
 const ENOUGH_RINGS: usize = 50;
 /// Longest a test may take to get there.
@@ -212,11 +214,11 @@ impl Machine {
         store(&self.memory, address, width, value);
     }
 
-    /// Runs rounds while another thread flips words, until enough was performed and so much was refused.
+    /// Runs rounds while another thread flips words, at least so many, until enough was performed and so much was refused.
     fn race(
         &mut self,
         flips: &[Flip],
-        enough: usize,
+        (least, enough): (usize, usize),
         refused: impl Fn(&Machine) -> usize,
         mut round: impl FnMut(&mut Machine),
     ) {
@@ -226,8 +228,12 @@ impl Machine {
             scope.spawn(|| flip(&memory, flips, &stop));
             let deadline = Instant::now() + PATIENCE;
             let in_time = || Instant::now() < deadline;
-            while in_time() && (refused(self) < enough || self.performed() < ENOUGH) {
+            let mut rounds = 0;
+            while in_time()
+                && (rounds < least || refused(self) < enough || self.performed() < ENOUGH)
+            {
                 (0..10).for_each(|_| round(self));
+                rounds += 10;
             }
             stop.store(true, Ordering::Relaxed);
         });
@@ -405,7 +411,7 @@ fn a_request_that_changes_while_it_is_read_reaches_the_driver_as_it_was_checked(
         let refused = |machine: &Machine| machine.device.statistics().rejected as usize;
         machine.race(
             &flips_of_the_request(SLOT_OF_THE_RACE),
-            ENOUGH,
+            (ROUNDS, ENOUGH),
             refused,
             |machine| {
                 machine.submit(SLOT_OF_THE_RACE);
@@ -503,7 +509,7 @@ fn descriptors_that_change_while_they_are_read_give_a_whole_request_or_none() {
             ),
         ];
         let refused = |machine: &Machine| machine.device.statistics().malformed as usize;
-        machine.race(&flips, ENOUGH, refused, |machine| {
+        machine.race(&flips, (ROUNDS, ENOUGH), refused, |machine| {
             // A response may have been written over the request.
             write(machine);
             machine.submit(SLOT_OF_THE_RACE);
@@ -566,7 +572,7 @@ fn a_ring_that_changes_while_it_is_read_gives_whole_requests_and_ends_with_a_res
         };
         // A ring that makes no sense is counted once per session.
         let refused = |machine: &Machine| machine.device.statistics().malformed as usize;
-        machine.race(&flips, ENOUGH_RINGS, refused, life);
+        machine.race(&flips, (0, ENOUGH_RINGS), refused, life);
         assert!(refused(&machine) >= ENOUGH_RINGS, "no race");
         let seen = machine.record.inspected().seen.len();
         machine.activate();
