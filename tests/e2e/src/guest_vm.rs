@@ -104,6 +104,11 @@ impl Lines {
         })))
     }
 
+    /// All lines so far.
+    pub fn spoken(&self) -> Vec<String> {
+        self.lock().lines.clone()
+    }
+
     fn lock(&self) -> std::sync::MutexGuard<'_, Spoken> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }

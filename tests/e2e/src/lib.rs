@@ -25,3 +25,4 @@ pub mod syscall;
 pub mod testbed;
 pub mod triple_fault;
 pub mod vanishing;
+pub mod vm_fuzz;

@@ -3,10 +3,11 @@
 //! Without /dev/kvm these tests fail, unless `PVGPU_WITHOUT_KVM=1` says that this is known: the testbed then still runs
 //! the same guest.
 
-use std::path::{Path, PathBuf};
-use std::process::Command;
-use std::sync::{Arc, OnceLock};
+mod guest_program;
 
+use std::sync::Arc;
+
+use guest_program::{guest, with_kvm};
 use pvgpu_e2e::guest_vm::{self, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
 use pvgpu_e2e::vanishing;
@@ -14,46 +15,13 @@ use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::soft;
 
-/// The test guest, built once.
-fn guest() -> &'static Path {
-    static GUEST: OnceLock<PathBuf> = OnceLock::new();
-    GUEST.get_or_init(|| {
-        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("guest");
-        let build = [
-            "build",
-            "--quiet",
-            "--profile",
-            "guest",
-            "--features",
-            "bare-metal",
-        ];
-        let status = Command::new(env!("CARGO"))
-            .args(build)
-            .args(["--package", "pvgpu-test-guest", "--target-dir"])
-            .arg(&target)
-            .status()
-            .expect("cargo can be started");
-        assert!(status.success(), "the test guest does not build");
-        target.join("guest/pvgpu-test-guest")
-    })
-}
-
 fn driver() -> Arc<SoftDriver> {
     Arc::new(SoftDriver::new(SoftConfig::default()).unwrap())
 }
 
-/// Whether it is known that there is no KVM.
-fn without_kvm() -> bool {
-    let known = std::env::var_os("PVGPU_WITHOUT_KVM").is_some_and(|value| value == "1");
-    if known {
-        eprintln!("not run: PVGPU_WITHOUT_KVM says that this machine has no KVM");
-    }
-    known
-}
-
 /// Boots the guest with these words on its command line; `None` where there is no KVM and that is known.
 fn boot(command_line: &str, doorbell: Doorbell) -> Option<Run> {
-    if without_kvm() {
+    if !with_kvm() {
         return None;
     }
     Some(guest_vm::run(guest(), command_line, driver(), doorbell, |_| ()).unwrap())

@@ -87,6 +87,38 @@ impl Registers {
     }
 }
 
+/// Accesses that are not as wide as a register, for what a hostile driver does.
+impl Registers {
+    fn place(self, offset: u64, width: u64) -> usize {
+        assert!(
+            offset.is_multiple_of(width) && offset + width <= self.size,
+            "{width} bytes at {offset:#x} outside of the device"
+        );
+        (self.base + offset) as usize
+    }
+
+    /// Writes 8 bits.
+    pub fn write_byte(self, offset: u64, value: u8) {
+        let place = ptr::with_exposed_provenance_mut::<u8>(self.place(offset, 1));
+        // SAFETY: as for `write`.
+        unsafe { place.write_volatile(value) };
+    }
+
+    /// Writes 16 bits.
+    pub fn write_half(self, offset: u64, value: u16) {
+        let place = ptr::with_exposed_provenance_mut::<u16>(self.place(offset, 2));
+        // SAFETY: as for `write`.
+        unsafe { place.write_volatile(value) };
+    }
+
+    /// Reads 64 bits.
+    pub fn read_double(self, offset: u64) -> u64 {
+        let place = ptr::with_exposed_provenance::<u64>(self.place(offset, 8));
+        // SAFETY: as for `read`.
+        unsafe { place.read_volatile() }
+    }
+}
+
 /// A range of the aperture: memory that the host's GPU may change at any time, so it is only ever copied.
 #[derive(Debug)]
 pub struct ApertureRange {

@@ -12,6 +12,7 @@ mod demo;
 mod dkms;
 mod docs;
 mod fuzz;
+mod fuzz_vm;
 mod linux_demo;
 mod lock_file;
 mod memory_safety;
@@ -44,6 +45,8 @@ enum Task {
     Testbed(testbed::Arguments),
     /// Write the pages of docs/ that are made from the tables
     Docs(docs::Arguments),
+    /// Play generated programs against the whole machine on KVM, and name the case of what is found
+    FuzzVm(fuzz_vm::Arguments),
     /// Boot a guest that draws a picture on the paravirtual GPU, and write it to demo.png
     Demo(demo::Arguments),
     /// Draw with a stock Mesa in a Debian guest, beside the same drawn natively, and write both to linux-demo.png
@@ -66,6 +69,7 @@ fn main() -> ExitCode {
         Task::Coverage(arguments) => coverage::run(&arguments),
         Task::Testbed(arguments) => testbed::run(&arguments),
         Task::Docs(arguments) => docs::run(&arguments),
+        Task::FuzzVm(arguments) => fuzz_vm::run(&arguments),
         Task::Demo(arguments) => demo::run(&arguments),
         Task::LinuxDemo(arguments) => linux_demo::run(&arguments),
         Task::Fuzz(arguments) => fuzz::run(&arguments),

@@ -85,6 +85,12 @@ pub const LINUX_DEMO_GUEST: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Plays generated programs against a machine.
+pub const FUZZ_VM: Program = Program {
+    name: "fuzz-vm",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Measures in a guest.
 pub const BENCH: Program = Program {
     name: "bench",

@@ -23,6 +23,10 @@ pub const TESTS: &[Test] = &[
         name: "a_guest_on_soft_is_refused_what_it_must_not_do",
         run: || refused(&SOFT),
     },
+    Test {
+        name: "a_hostile_guest_plays_generated_programs_and_the_device_works_after_them",
+        run: generated_programs,
+    },
 ];
 
 /// None of them takes more than a few seconds.
@@ -42,4 +46,15 @@ fn refused(gpu: &Gpu) -> Result<(), Failure> {
     start_guest("selftest", &(gpu.argument)()?, &[])?
         .wait(LIMIT)?
         .expect(0)
+}
+
+/// The guest itself looks at the device after each 64 cases.
+fn generated_programs() -> Result<(), Failure> {
+    for doorbell in ["inline", "worker"] {
+        let gpu = ["--doorbell", doorbell];
+        start_guest("fuzz seed=7 cases=128", "soft", &gpu)?
+            .wait(LIMIT)?
+            .expect(0)?;
+    }
+    Ok(())
 }

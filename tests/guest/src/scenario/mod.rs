@@ -8,6 +8,7 @@ mod bench;
 mod device;
 mod draw;
 mod fault;
+mod fuzz;
 mod hello;
 mod interrupts;
 mod memory;
@@ -60,6 +61,11 @@ pub const ALL: &[Scenario] = &[
         name: "fault",
         about: "breaks as fault= says; the exit code tells how",
         run: fault::run,
+    },
+    Scenario {
+        name: "fuzz",
+        about: "plays generated programs against the GPU's device",
+        run: fuzz::run,
     },
     Scenario {
         name: "bench",
