@@ -45,6 +45,12 @@ pub trait HostDriver: Send + Sync {
         Ok(Vec::new())
     }
 
+    /// The driver as a session of its own uses it: all files of one guest are opened through it. For a driver that shares
+    /// what it has between guests rather than between files; the kernel's do not know of guests.
+    fn for_session(&self) -> Option<Arc<dyn HostDriver>> {
+        None
+    }
+
     /// Opens the device once more; the flags are those of [`pvgpu_protocol::wire::open`].
     fn open(&self, flags: u32) -> Result<Arc<dyn HostObject>, Errno>;
 }

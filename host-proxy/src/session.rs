@@ -337,8 +337,9 @@ impl Session {
         counters: Arc<Counters>,
         filter: Filter,
     ) -> Self {
+        let own = guard(|| driver.for_session()).ok().flatten();
         Self(Arc::new(Shared {
-            driver,
+            driver: own.unwrap_or(driver),
             aperture,
             limits,
             state: Mutex::default(),

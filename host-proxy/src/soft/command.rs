@@ -350,7 +350,7 @@ pub(super) fn execute(command: &Command, progress: &Progress) -> Result<(), Stop
         } => Ok(buffer.memory().write(*offset, value.as_bytes())?),
         Command::Hang => loop {
             progress.check()?;
-            std::thread::sleep(Duration::from_millis(1));
+            progress.rest(Duration::from_millis(1));
         },
     }
 }

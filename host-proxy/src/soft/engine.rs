@@ -1,15 +1,18 @@
 //! Engines: threads that execute submissions, and the queues that they take them from.
 //!
-//! Every file has a queue, which is a timeline: its submissions are executed one after the other, in order. Queues
-//! take turns. A submission that waits for a fence holds up its own queue and no other. One lock guards all queues;
-//! fences are signaled, and submissions dropped, without it.
+//! Every guest has a scheduler and engines of its own, so that its queues hold up no other guest's; who of them executes
+//! is a matter of [`super::turn`]. Every file has a queue, which is a timeline: its submissions are executed one after
+//! the other, in order. A guest's queues take turns. A submission that waits for a fence holds up its own queue and no
+//! other. One lock guards all queues of a guest; fences are signaled, and submissions dropped, without it.
 
 use super::buffer::Buffer;
 use super::command::{self, Command};
 use super::fence::{Fence, Observer, Status, lock};
+use super::turn::{Guest, Turn, Turns};
 use crate::sandbox::Filter;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::soft::{HANGS_MAX, QUEUE_MAX};
+use std::cell::Cell;
 use std::collections::{BTreeMap, VecDeque};
 use std::io;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -19,8 +22,8 @@ use std::time::{Duration, Instant};
 
 /// Most bytes that the jobs of one queue may take (`EAGAIN`).
 const QUEUE_BYTES_MAX: usize = 16 << 20;
-/// Most bytes that the jobs of all queues may take (`EAGAIN`).
-const DEVICE_BYTES_MAX: usize = 256 << 20;
+/// Most bytes that the jobs of all queues of a guest may take (`EAGAIN`).
+const GUEST_BYTES_MAX: usize = 256 << 20;
 /// What a job takes beyond its commands: lists of buffers and fences.
 const JOB_BYTES: usize = 4096;
 /// How many of the last submissions of a queue can be waited for by number with their result.
@@ -67,27 +70,37 @@ impl From<super::memory::OutOfBounds> for Stop {
 
 /// What an executing submission asks between two pieces of work, so that it can be stopped.
 pub(super) struct Progress {
-    deadline: Instant,
+    /// When it has run too long; pauses do not count.
+    deadline: Cell<Instant>,
     closed: Arc<AtomicBool>,
+    turn: Turn,
 }
 
 impl Progress {
-    /// Until when it may go on without asking again.
+    /// Whether it may go on. Pauses while it is another guest's turn.
     pub(super) fn check(&self) -> Result<(), Stop> {
+        let now = Instant::now();
         if self.closed.load(Ordering::Relaxed) {
-            Err(Stop::Closed)
-        } else if Instant::now() >= self.deadline {
-            Err(Stop::Hung)
-        } else {
-            Ok(())
+            return Err(Stop::Closed);
         }
+        if now >= self.deadline.get() {
+            return Err(Stop::Hung);
+        }
+        let paused = self.turn.go_on(now);
+        self.deadline.set(self.deadline.get() + paused);
+        Ok(())
+    }
+
+    /// Does nothing for a while, without keeping other guests from it.
+    pub(super) fn rest(&self, time: Duration) {
+        self.turn.rest(time);
     }
 }
 
 /// What went wrong so far.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub(super) struct Faults {
-    /// Resets of all engines.
+    /// Resets of all engines of the guest.
     pub(super) resets: u64,
     /// Submissions of the queue that hung.
     pub(super) hangs: u64,
@@ -95,12 +108,14 @@ pub(super) struct Faults {
     pub(super) faults: u64,
 }
 
-/// All queues of a device.
+/// All queues of a guest.
 pub(super) struct Scheduler {
     state: Mutex<State>,
     /// There is work, or no more to come.
     work: Condvar,
     watchdog: Duration,
+    turns: Arc<Turns>,
+    guest: Arc<Guest>,
 }
 
 #[derive(Default)]
@@ -160,12 +175,14 @@ impl Observer for Reconsider {
 }
 
 impl Scheduler {
-    /// Queues whose jobs may run for `watchdog` at most.
-    pub(super) fn new(watchdog: Duration) -> Arc<Self> {
+    /// Queues of a guest that takes part in `turns`, and whose jobs may run for `watchdog` at most.
+    pub(super) fn new(watchdog: Duration, turns: &Arc<Turns>) -> Arc<Self> {
         Arc::new(Self {
             state: Mutex::default(),
             work: Condvar::new(),
             watchdog,
+            turns: turns.clone(),
+            guest: Guest::new(),
         })
     }
 
@@ -227,7 +244,7 @@ impl Scheduler {
         let bytes = job.bytes();
         if queue.jobs.len() >= QUEUE_MAX as usize
             || queue.bytes + bytes > QUEUE_BYTES_MAX
-            || state.bytes + bytes > DEVICE_BYTES_MAX
+            || state.bytes + bytes > GUEST_BYTES_MAX
         {
             return Err(Errno::EAGAIN);
         }
@@ -321,13 +338,17 @@ impl Scheduler {
             };
             let bytes = job.bytes();
             queue.bytes = queue.bytes.saturating_sub(bytes);
-            let progress = Progress {
-                deadline: Instant::now() + self.watchdog,
-                closed: queue.closed.clone(),
-            };
+            let closed = queue.closed.clone();
             state.bytes = state.bytes.saturating_sub(bytes);
             drop(state);
+            let turn = self.turns.take(&self.guest);
+            let progress = Progress {
+                deadline: Cell::new(Instant::now() + self.watchdog),
+                closed,
+                turn,
+            };
             let ended = execute(&job.commands, &progress);
+            drop(progress);
             drop(job);
             let status = self.account(id, ended);
             fence.signal(status);
@@ -395,7 +416,7 @@ fn execute(commands: &[Command], progress: &Progress) -> Result<(), Stop> {
     std::panic::catch_unwind(std::panic::AssertUnwindSafe(work)).unwrap_or(Err(Stop::Broken))
 }
 
-/// The threads of a device.
+/// The threads of a guest.
 pub(super) struct Engines {
     scheduler: Arc<Scheduler>,
     threads: Vec<JoinHandle<()>>,
@@ -419,11 +440,6 @@ impl Engines {
             engines.threads.push(thread);
         }
         Ok(engines)
-    }
-
-    /// How many there are.
-    pub(super) fn count(&self) -> usize {
-        self.threads.len()
     }
 }
 

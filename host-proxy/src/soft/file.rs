@@ -1,6 +1,6 @@
 //! An open file of the embedded GPU: its handles and what each ioctl does.
 
-use super::Device;
+use super::Guest;
 use super::buffer::{Buffer, DmaBuf};
 use super::command;
 use super::engine::Job;
@@ -25,7 +25,7 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// An open file.
 pub(super) struct File {
-    device: Arc<Device>,
+    guest: Arc<Guest>,
     /// Its queue, which is also its timeline.
     queue: u64,
     /// Whether reads wait.
@@ -36,7 +36,7 @@ pub(super) struct File {
 
 impl Drop for File {
     fn drop(&mut self) {
-        self.device.scheduler.close(self.queue);
+        self.guest.scheduler.close(self.queue);
     }
 }
 
@@ -143,10 +143,10 @@ fn deadline(nanoseconds: i64) -> u64 {
 }
 
 impl File {
-    pub(super) fn open(device: &Arc<Device>, blocking: bool) -> Self {
+    pub(super) fn open(guest: &Arc<Guest>, blocking: bool) -> Self {
         Self {
-            queue: device.scheduler.open(),
-            device: device.clone(),
+            queue: guest.scheduler.open(),
+            guest: guest.clone(),
             blocking,
             buffers: Mutex::default(),
             syncobjs: Mutex::default(),
@@ -163,7 +163,7 @@ impl File {
 
     /// The strings are cut off at the room that there is; the lengths always come back whole.
     fn version(&self, call: &mut Call) -> Result<i32, Errno> {
-        let identity = &self.device.identity;
+        let identity = &self.guest.device.identity;
         let texts = [
             (at!(Version.name), &identity.name),
             (at!(Version.date), &identity.date),
@@ -188,7 +188,7 @@ impl File {
 
     fn get_param(&self, get: &mut soft::GetParam) -> Result<(), Errno> {
         use soft::{feature, param};
-        let account = &self.device.account;
+        let account = &self.guest.device.account;
         get.value = match get.param {
             param::COMMAND_SET => soft::COMMAND_SET,
             param::FEATURES => {
@@ -198,7 +198,7 @@ impl File {
                     | feature::PATH
                     | feature::MATMUL
             }
-            param::ENGINES => u64::try_from(self.device.engines.count()).unwrap_or(0),
+            param::ENGINES => self.guest.device.config.engines.into(),
             param::MEMORY_SIZE => account.limit(),
             param::MEMORY_FREE => account.free(),
             param::COMMANDS_SIZE_MAX => soft::COMMANDS_SIZE_MAX.into(),
@@ -208,7 +208,7 @@ impl File {
             param::MATRIX_MAX => soft::MATRIX_MAX.into(),
             param::WORK_MAX => soft::WORK_MAX,
             param::WATCHDOG_NS => {
-                u64::try_from(self.device.scheduler.watchdog().as_nanos()).unwrap_or(u64::MAX)
+                u64::try_from(self.guest.scheduler.watchdog().as_nanos()).unwrap_or(u64::MAX)
             }
             param::HANGS_MAX => soft::HANGS_MAX,
             param::QUEUE_MAX => soft::QUEUE_MAX.into(),
@@ -218,7 +218,7 @@ impl File {
     }
 
     fn gem_create(&self, create: &mut soft::GemCreate) -> Result<(), Errno> {
-        let buffer = Buffer::new(&self.device.account, create.size)?;
+        let buffer = Buffer::new(&self.guest.device.account, create.size)?;
         create.handle = lock(&self.buffers).add(buffer)?;
         Ok(())
     }
@@ -246,7 +246,7 @@ impl File {
 
     fn prime_fd_to_handle(&self, call: &mut Call) -> Result<i32, Errno> {
         let DmaBuf(buffer) = object(call, at!(PrimeFdToHandle.fd)).ok_or(Errno::EINVAL)?;
-        if !buffer.belongs_to(&self.device.account) {
+        if !buffer.belongs_to(&self.guest.device.account) {
             return Err(Errno::EINVAL);
         }
         let handle = lock(&self.buffers).find_or_add(buffer)?;
@@ -258,7 +258,7 @@ impl File {
 
     fn syncobj_create(&self, create: &mut drm::SyncobjCreate) -> Result<(), Errno> {
         let signaled = create.flags & drm::syncobj::CREATE_SIGNALED != 0;
-        create.handle = lock(&self.syncobjs).add(Syncobj::new(signaled))?;
+        create.handle = lock(&self.syncobjs).add(Syncobj::new(signaled, &self.guest.points))?;
         Ok(())
     }
 
@@ -420,7 +420,7 @@ impl File {
             buffers,
             waits,
         };
-        let (seqno, fence) = self.device.scheduler.submit(self.queue, job)?;
+        let (seqno, fence) = self.guest.scheduler.submit(self.queue, job)?;
         for (syncobj, point) in signals {
             syncobj.attach(point, fence.clone());
         }
@@ -434,7 +434,7 @@ impl File {
 
     fn wait(&self, wait: &mut soft::Wait, cancel: &Cancel) -> Result<(), Errno> {
         let fences = match wait.flags & soft::WAIT_BUFFER {
-            0 => vec![self.device.scheduler.fence(self.queue, wait.seqno)?],
+            0 => vec![self.guest.scheduler.fence(self.queue, wait.seqno)?],
             _ => self.buffer(wait.handle)?.fences(),
         };
         let status = fence::wait_all(&fences, Some(deadline(wait.deadline_ns)), cancel)?;
@@ -443,7 +443,7 @@ impl File {
     }
 
     fn reset_stats(&self, stats: &mut soft::GetResetStats) -> Result<(), Errno> {
-        let faults = self.device.scheduler.faults(self.queue);
+        let faults = self.guest.scheduler.faults(self.queue);
         stats.banned = (faults.hangs >= soft::HANGS_MAX).into();
         stats.resets = faults.resets;
         stats.hangs = faults.hangs;

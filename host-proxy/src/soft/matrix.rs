@@ -10,8 +10,9 @@ use pvgpu_protocol::family::soft::WORK_ROW;
 use std::sync::Arc;
 use zerocopy::IntoBytes;
 
-/// Multiplications between two questions whether to go on: some ten milliseconds.
-const BLOCK: u64 = 1 << 29;
+/// Rows of A, and rows and columns of B, that are multiplied between two questions whether to go on: some hundred
+/// microseconds.
+const BLOCK: usize = 256;
 
 /// A matrix of `f32` that lies in its buffer.
 pub(super) struct Matrix {
@@ -94,8 +95,7 @@ impl MatMul {
     pub(super) fn execute(&self, progress: &Progress) -> Result<(), Stop> {
         let mut b = Rows::zeros(self.k, self.n);
         b.read(&self.b, 0)?;
-        let row = (u64::from(self.k) * u64::from(self.n)).max(1);
-        let block = u32::try_from(BLOCK / row).unwrap_or(u32::MAX).max(1);
+        let block = u32::try_from(BLOCK).unwrap_or(u32::MAX);
         let mut first = 0;
         while first < self.m {
             progress.check()?;
@@ -106,7 +106,7 @@ impl MatMul {
             if self.accumulate {
                 c.read(&self.c, first)?;
             }
-            multiply(&a, &b, &mut c);
+            multiply(&a, &b, &mut c, progress)?;
             c.write(&self.c, first)?;
             first += rows;
         }
@@ -114,35 +114,53 @@ impl MatMul {
     }
 }
 
-/// C += A B. Does nothing when the sizes don't fit each other.
-fn multiply(a: &Rows, b: &Rows, c: &mut Rows) {
+/// C += A B, in blocks. Does nothing when the sizes don't fit each other.
+fn multiply(a: &Rows, b: &Rows, c: &mut Rows, progress: &Progress) -> Result<(), Stop> {
     let holds = |rows: &Rows| rows.rows.checked_mul(rows.columns) == Some(rows.values.len());
     let fit = a.columns == b.rows && c.rows == a.rows && c.columns == b.columns;
     let stride = |rows: &Rows| isize::try_from(rows.columns).ok();
     let (Some(a_stride), Some(b_stride), Some(c_stride)) = (stride(a), stride(b), stride(c)) else {
-        return;
+        return Ok(());
     };
     if !(fit && holds(a) && holds(b) && holds(c)) {
-        return;
+        return Ok(());
     }
-    // SAFETY: the vectors hold rows times columns values each (`holds`), rows follow each other without gaps, the
-    // sizes fit each other (`fit`), and C is borrowed mutably, so that it is neither A nor B.
-    unsafe {
-        matrixmultiply::sgemm(
-            a.rows,
-            a.columns,
-            b.columns,
-            1.0,
-            a.values.as_ptr(),
-            a_stride,
-            1,
-            b.values.as_ptr(),
-            b_stride,
-            1,
-            1.0,
-            c.values.as_mut_ptr(),
-            c_stride,
-            1,
-        );
+    for column in (0..b.columns).step_by(BLOCK) {
+        for row in (0..b.rows).step_by(BLOCK) {
+            progress.check()?;
+            let (a, b_block) = (
+                a.values.get(row..),
+                b.values.get(row * b.columns + column..),
+            );
+            let (Some(a), Some(b_block)) = (a, b_block) else {
+                continue;
+            };
+            let Some(c_block) = c.values.get_mut(column..) else {
+                continue;
+            };
+            // SAFETY: the vectors hold rows times columns values each (`holds`), rows follow each other without gaps, and
+            // the sizes fit each other (`fit`). The blocks begin at column `row` of A, at `row` and `column` of B and at
+            // `column` of C, and end within their last row and column (`min`). C is borrowed mutably, so that it is neither
+            // A nor B.
+            unsafe {
+                matrixmultiply::sgemm(
+                    c.rows,
+                    BLOCK.min(b.rows - row),
+                    BLOCK.min(b.columns - column),
+                    1.0,
+                    a.as_ptr(),
+                    a_stride,
+                    1,
+                    b_block.as_ptr(),
+                    b_stride,
+                    1,
+                    1.0,
+                    c_block.as_mut_ptr(),
+                    c_stride,
+                    1,
+                );
+            }
+        }
     }
+    Ok(())
 }

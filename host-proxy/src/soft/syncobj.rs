@@ -5,16 +5,40 @@ use super::fence::{Fence, Observer, Observers, lock, wait};
 use crate::cancel::Cancel;
 use crate::driver::HostObject;
 use pvgpu_protocol::Errno;
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-/// Most points of a timeline that are not signaled (`ENOMEM`).
-const POINTS_MAX: usize = 4096;
+/// Most points of a timeline that are not signaled (`ENOMEM`): more than a queue has submissions, and as many as a wait for
+/// thousands of timelines can look through in some ten milliseconds.
+const POINTS_MAX: usize = 512;
+/// Most points of all timelines of a guest (`ENOMEM`).
+const ALL_POINTS_MAX: usize = 65_536;
+
+/// How many points the timelines of a guest have.
+#[derive(Default)]
+pub(super) struct Points(AtomicUsize);
+
+/// A place among them, given back when dropped.
+struct Place(Arc<Points>);
+
+impl Place {
+    fn take(points: &Arc<Points>) -> Self {
+        points.0.fetch_add(1, Ordering::Relaxed);
+        Self(points.clone())
+    }
+}
+
+impl Drop for Place {
+    fn drop(&mut self) {
+        self.0.0.fetch_sub(1, Ordering::Relaxed);
+    }
+}
 
 /// A synchronization object.
-#[derive(Default)]
 pub(super) struct Syncobj {
     state: Mutex<State>,
+    points: Arc<Points>,
 }
 
 #[derive(Default)]
@@ -37,7 +61,6 @@ enum Payload {
 }
 
 /// A point of a timeline. It is reached when its fence and those of all points before it are signaled.
-#[derive(Clone)]
 struct Point {
     seqno: u64,
     /// The point before it when it was added, zero for none.
@@ -45,12 +68,16 @@ struct Point {
     /// Points whose numbers grow share a context; one that is out of order starts another.
     context: u64,
     fence: Arc<Fence>,
+    _place: Place,
 }
 
 impl Syncobj {
-    /// An empty one, or one that is signaled.
-    pub(super) fn new(signaled: bool) -> Arc<Self> {
-        let syncobj = Self::default();
+    /// An empty one, or one that is signaled, whose points count among the guest's.
+    pub(super) fn new(signaled: bool, points: &Arc<Points>) -> Arc<Self> {
+        let syncobj = Self {
+            state: Mutex::default(),
+            points: points.clone(),
+        };
         if signaled {
             syncobj.set(Some(Fence::signaled()));
         }
@@ -77,6 +104,7 @@ impl Syncobj {
         state.payload.prune();
         match &state.payload {
             Payload::Timeline(points) if points.len() >= POINTS_MAX => Err(Errno::ENOMEM),
+            _ if self.points.0.load(Ordering::Relaxed) >= ALL_POINTS_MAX => Err(Errno::ENOMEM),
             _ => Ok(()),
         }
     }
@@ -88,7 +116,7 @@ impl Syncobj {
         }
         let observers = {
             let mut state = lock(&self.state);
-            state.payload.add(point, fence);
+            state.payload.add(point, fence, &self.points);
             state.payload.prune();
             state.observers.take()
         };
@@ -149,7 +177,7 @@ impl Payload {
         points.extend(last);
     }
 
-    fn add(&mut self, seqno: u64, fence: Arc<Fence>) {
+    fn add(&mut self, seqno: u64, fence: Arc<Fence>, places: &Arc<Points>) {
         let mut points = match std::mem::take(self) {
             Self::Empty => Vec::new(),
             // What a binary one held comes before all points.
@@ -158,6 +186,7 @@ impl Payload {
                 previous: 0,
                 context: 0,
                 fence,
+                _place: Place::take(places),
             }],
             Self::Timeline(points) => points,
         };
@@ -173,6 +202,7 @@ impl Payload {
             previous,
             context,
             fence,
+            _place: Place::take(places),
         });
         *self = Self::Timeline(points);
     }
@@ -271,9 +301,13 @@ impl HostObject for SyncobjFile {
 mod tests {
     use super::*;
 
+    fn syncobj(signaled: bool) -> Arc<Syncobj> {
+        Syncobj::new(signaled, &Arc::default())
+    }
+
     #[test]
     fn a_point_is_reached_when_all_before_it_are() {
-        let syncobj = Syncobj::new(false);
+        let syncobj = syncobj(false);
         let (five, nine) = (Fence::pending(1, 1), Fence::pending(2, 1));
         syncobj.attach(5, five.clone());
         syncobj.attach(9, nine.clone());
@@ -288,7 +322,7 @@ mod tests {
 
     #[test]
     fn a_number_between_two_points_stands_for_the_next_one() {
-        let syncobj = Syncobj::new(false);
+        let syncobj = syncobj(false);
         let (five, nine) = (Fence::pending(1, 1), Fence::pending(1, 2));
         syncobj.attach(5, five.clone());
         syncobj.attach(9, nine.clone());
@@ -303,7 +337,7 @@ mod tests {
 
     #[test]
     fn a_point_out_of_order_takes_the_last_number() {
-        let syncobj = Syncobj::new(false);
+        let syncobj = syncobj(false);
         syncobj.attach(5, Fence::signaled());
         let late = Fence::pending(1, 1);
         syncobj.attach(3, late.clone());
@@ -314,7 +348,7 @@ mod tests {
 
     #[test]
     fn a_binary_syncobj_has_no_points() {
-        let syncobj = Syncobj::new(true);
+        let syncobj = syncobj(true);
         assert_eq!((syncobj.query(false), syncobj.query(true)), (0, 0));
         assert!(syncobj.fence(0).unwrap().is_signaled());
         assert_eq!(syncobj.fence(1).err(), Some(Errno::EINVAL));
@@ -324,7 +358,7 @@ mod tests {
 
     #[test]
     fn a_timeline_holds_only_so_many_points_that_are_not_signaled() {
-        let syncobj = Syncobj::new(false);
+        let syncobj = syncobj(false);
         let fence = Fence::pending(1, 1);
         for point in 1..=POINTS_MAX as u64 {
             syncobj.check_room().unwrap();
@@ -336,8 +370,29 @@ mod tests {
     }
 
     #[test]
+    fn the_timelines_of_a_guest_hold_only_so_many_points_together() {
+        let points = Arc::default();
+        let fence = Fence::pending(1, 1);
+        let full: Vec<_> = (0..ALL_POINTS_MAX / POINTS_MAX)
+            .map(|_| {
+                let syncobj = Syncobj::new(false, &points);
+                for point in 1..=POINTS_MAX as u64 {
+                    syncobj.check_room().unwrap();
+                    syncobj.attach(point, fence.clone());
+                }
+                syncobj
+            })
+            .collect();
+        let another = Syncobj::new(false, &points);
+        assert_eq!(another.check_room(), Err(Errno::ENOMEM));
+        drop(full);
+        another.check_room().unwrap();
+        assert_eq!(points.0.load(Ordering::Relaxed), 0);
+    }
+
+    #[test]
     fn a_wait_for_thousands_of_points_that_stand_for_several_fences_is_refused() {
-        let syncobj = Syncobj::new(false);
+        let syncobj = syncobj(false);
         syncobj.attach(1, Fence::pending(1, 1));
         syncobj.attach(2, Fence::pending(2, 1));
         let what = Wait {
@@ -354,7 +409,7 @@ mod tests {
 
     #[test]
     fn waiting_for_submission_ends_when_another_thread_attaches_a_fence() {
-        let syncobj = Syncobj::new(false);
+        let syncobj = syncobj(false);
         let what = Wait {
             all: true,
             for_submit: false,
@@ -376,7 +431,7 @@ mod tests {
 
     #[test]
     fn waiting_for_any_tells_which_and_waiting_for_availability_needs_no_signal() {
-        let (idle, busy) = (Syncobj::new(false), Syncobj::new(false));
+        let (idle, busy) = (syncobj(false), syncobj(false));
         busy.attach(1, Fence::pending(1, 1));
         let points = [(idle, 1), (busy, 1)];
         let mut what = Wait {

@@ -185,6 +185,45 @@ fn queues_take_turns() {
     assert_eq!(busy.wait_for(seqnos[2], 0), Err(Errno::ETIME));
 }
 
+#[test]
+fn a_guest_does_not_wait_for_the_submissions_of_another() {
+    let driver = driver_with(SoftConfig {
+        watchdog: Duration::from_secs(3600),
+        ..SoftConfig::default()
+    });
+    let guest = |_| driver.for_session().unwrap();
+    let of_guest = |guest: &Arc<dyn HostDriver>| Client {
+        file: guest.open(0).unwrap(),
+        objects: Mutex::default(),
+    };
+    let [busy, quick] = [0, 1].map(guest);
+    let quick = of_guest(&quick);
+    // All files of the busy guest are full of work that takes minutes, or for ever.
+    let large = stream(|stream| {
+        for _ in 0..4 {
+            stream
+                .push(0, &fill(surface(0, 8000, 8000), [1; 4]))
+                .unwrap();
+        }
+    });
+    for work in [hang(), large] {
+        let files = [(); 4].map(|()| of_guest(&busy));
+        for file in &files {
+            let buffer = file.create(8000 * 8000 * 4);
+            for _ in 0..QUEUE_MAX {
+                file.submit(&work, &[buffer]).unwrap();
+            }
+        }
+        for _ in 0..100 {
+            let seqno = quick.submit(&[], &[]).unwrap();
+            assert_eq!(quick.wait(seqno), 0);
+        }
+        let last = QUEUE_MAX.into();
+        let pending = |file: &Client| file.wait_for(last, 0) == Err(Errno::ETIME);
+        assert!(files.iter().all(pending));
+    }
+}
+
 /// The fence of a submission, as another program has it.
 fn submit_with_fence(client: &Client, stream: &[u8], buffers: &[u32]) -> Arc<dyn HostObject> {
     let submit = client
