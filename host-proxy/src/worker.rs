@@ -8,9 +8,10 @@ use crate::cancel::Cancel;
 use crate::logging::guest_log;
 use crate::sandbox::Filter;
 use std::collections::VecDeque;
+use std::io;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::thread::{self, JoinHandle};
 use std::time::Duration;
-use std::{io, thread};
 
 /// How long an idle thread stays.
 const IDLE: Duration = Duration::from_secs(2);
@@ -42,11 +43,21 @@ struct Shared {
 struct State {
     jobs: VecDeque<Job>,
     threads: usize,
+    /// Those threads and the one that wakes, and some that have ended since.
+    handles: Vec<JoinHandle<()>>,
     idle: usize,
     /// Cancelled requests that are not known to be done.
     cancelled: Vec<Arc<Cancel>>,
     waking: bool,
     closing: bool,
+}
+
+impl State {
+    /// Keeps a thread to be joined, and forgets those that have ended.
+    fn keep(&mut self, handle: JoinHandle<()>) {
+        self.handles.retain(|handle| !handle.is_finished());
+        self.handles.push(handle);
+    }
 }
 
 impl Workers {
@@ -72,7 +83,10 @@ impl Workers {
                 .filter
                 .spawn("pvgpu-worker".into(), move || shared.work());
             match started {
-                Ok(_) => state.threads += 1,
+                Ok(handle) => {
+                    state.threads += 1;
+                    state.keep(handle);
+                }
                 Err(error) => {
                     guest_log!(warn, "cannot start a worker thread: {error}");
                     return Err(NoThread);
@@ -87,13 +101,17 @@ impl Workers {
     /// Cancels a request and wakes it until it is done.
     pub fn cancel(&self, cancel: Arc<Cancel>) {
         self.cancel_on(cancel, |wake| {
-            self.filter.spawn("pvgpu-cancel".into(), wake).map(drop)
+            self.filter.spawn("pvgpu-cancel".into(), wake)
         });
     }
 
     /// Cancels a request; `start` starts the thread that wakes it. When there can be none, the caller waits until all
     /// cancelled requests are done: they are of the guest that has taken the threads.
-    fn cancel_on(&self, cancel: Arc<Cancel>, start: impl FnOnce(Job) -> io::Result<()>) {
+    fn cancel_on(
+        &self,
+        cancel: Arc<Cancel>,
+        start: impl FnOnce(Job) -> io::Result<JoinHandle<()>>,
+    ) {
         cancel.cancel();
         let mut state = self.shared.lock();
         // Once each: `wake` counts references to tell whether a request is done.
@@ -110,9 +128,12 @@ impl Workers {
         }
         drop(state);
         let shared = Arc::clone(&self.shared);
-        if let Err(error) = start(Box::new(move || shared.wake())) {
-            guest_log!(warn, "cannot start a thread that cancels requests: {error}");
-            self.shared.wake();
+        match start(Box::new(move || shared.wake())) {
+            Ok(handle) => self.shared.lock().keep(handle),
+            Err(error) => {
+                guest_log!(warn, "cannot start a thread that cancels requests: {error}");
+                self.shared.wake();
+            }
         }
     }
 }
@@ -131,6 +152,13 @@ impl Workers {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.closing = false;
+        let handles = std::mem::take(&mut state.handles);
+        drop(state);
+        // They have nothing left to do, but still have to give back what a thread takes.
+        for handle in handles {
+            // A job that panicked has been reported.
+            let _ = handle.join();
+        }
     }
 }
 
@@ -229,6 +257,7 @@ mod tests {
         let workers = Workers::new(Filter::OFF);
         let cancel = Arc::new(Cancel::new());
         let (wake, woken) = mpsc::channel();
+        let (begun, waits) = mpsc::channel();
         let (done, result) = mpsc::channel();
         let job_cancel = Arc::clone(&cancel);
         workers
@@ -237,6 +266,7 @@ mod tests {
                     let wake = Arc::new(move || wake.send(()).unwrap_or(()));
                     // The first wake-up is lost on purpose: only a second one ends the wait.
                     let waited = job_cancel.interruptible(wake, || {
+                        begun.send(()).unwrap();
                         woken.recv().unwrap();
                         woken.recv().unwrap();
                     });
@@ -244,7 +274,7 @@ mod tests {
                 })
             })
             .unwrap();
-        thread::sleep(Duration::from_millis(20));
+        waits.recv().unwrap();
         cancel_on(&workers, cancel);
         assert_eq!(
             result.recv_timeout(Duration::from_secs(10)).unwrap(),
@@ -286,6 +316,34 @@ mod tests {
             done.send(()).unwrap();
         });
         assert_eq!(ended.recv_timeout(Duration::from_secs(10)), Ok(()));
+    }
+
+    #[test]
+    fn no_thread_of_a_drained_pool_has_anything_left_to_give_back() {
+        /// What a thread gives back after its last job.
+        struct Storage(mpsc::Sender<()>);
+
+        impl Drop for Storage {
+            fn drop(&mut self) {
+                thread::sleep(Duration::from_millis(50));
+                self.0.send(()).unwrap();
+            }
+        }
+
+        thread_local! {
+            static STORAGE: std::cell::RefCell<Option<Storage>> = const { std::cell::RefCell::new(None) };
+        }
+        let workers = Workers::new(Filter::OFF);
+        let (given_back, result) = mpsc::channel();
+        workers
+            .run(|| {
+                Box::new(move || {
+                    STORAGE.set(Some(Storage(given_back)));
+                })
+            })
+            .unwrap();
+        workers.drain();
+        assert_eq!(result.try_recv(), Ok(()));
     }
 
     #[test]
