@@ -8,6 +8,7 @@ mod guest_program;
 use std::sync::Arc;
 
 use guest_program::{guest, with_kvm};
+use pvgpu_e2e::double_fetch;
 use pvgpu_e2e::guest_vm::{self, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
 use pvgpu_e2e::vanishing;
@@ -146,5 +147,14 @@ fn a_guest_that_sleeps_for_responses_draws_the_same_picture_as_one_that_polls() 
 fn a_guest_whose_mapped_memory_goes_away_reads_zeros_and_another_guest_notices_nothing() {
     if with_kvm() {
         vanishing::beside_another_guest(guest()).unwrap();
+    }
+}
+
+#[test]
+fn a_second_vcpu_that_changes_requests_while_they_are_read_changes_nothing_behind_the_check() {
+    if with_kvm() {
+        for doorbell in [Doorbell::Inline, Doorbell::Worker] {
+            double_fetch::race(guest(), doorbell, 1500).unwrap();
+        }
     }
 }

@@ -17,6 +17,7 @@ mod debug_device;
 mod device_file;
 mod dma;
 mod exception;
+mod flips;
 mod gpu;
 mod heap;
 mod interrupts;

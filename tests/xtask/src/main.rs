@@ -18,6 +18,7 @@ mod lock_file;
 mod memory_safety;
 mod packages;
 mod programs;
+mod replay;
 mod say;
 mod soak;
 mod test;
@@ -57,6 +58,8 @@ enum Task {
     Soak(soak::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
+    /// Send what `mini-vmm run --trace` recorded to a fresh GPU, and compare the results
+    Replay(replay::Arguments),
     /// Print what `mini-vmm run --trace` recorded, a line per request
     Trace(trace::Arguments),
     /// Count the lines of unsafe code, which only become fewer
@@ -75,6 +78,7 @@ fn main() -> ExitCode {
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Soak(arguments) => soak::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Replay(arguments) => replay::run(&arguments),
         Task::Trace(arguments) => trace::run(&arguments),
         Task::Unsafe(arguments) => unsafe_lines::run(&arguments),
     }

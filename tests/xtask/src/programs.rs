@@ -91,6 +91,12 @@ pub const FUZZ_VM: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Replays traces.
+pub const REPLAY: Program = Program {
+    name: "replay",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Measures in a guest.
 pub const BENCH: Program = Program {
     name: "bench",

@@ -1,10 +1,14 @@
 //! Requests of the test guest in L2 that draw nothing: those that do nothing, and those that must be refused, on every GPU.
 
+use std::path::Path;
 use std::time::Duration;
+
+use pvgpu_host_proxy::device::Doorbell;
 
 use super::mini_vmm::start_guest;
 use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
+use crate::double_fetch::race;
 
 pub const TESTS: &[Test] = &[
     Test {
@@ -26,6 +30,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "a_hostile_guest_plays_generated_programs_and_the_device_works_after_them",
         run: generated_programs,
+    },
+    Test {
+        name: "a_second_vcpu_that_changes_requests_while_they_are_read_changes_nothing_behind_the_check",
+        run: double_fetch,
     },
 ];
 
@@ -55,6 +63,13 @@ fn generated_programs() -> Result<(), Failure> {
         start_guest("fuzz seed=7 cases=128", "soft", &gpu)?
             .wait(LIMIT)?
             .expect(0)?;
+    }
+    Ok(())
+}
+
+fn double_fetch() -> Result<(), Failure> {
+    for doorbell in [Doorbell::Inline, Doorbell::Worker] {
+        race(Path::new("/boot/pvgpu-test-guest"), doorbell, 400)?;
     }
     Ok(())
 }

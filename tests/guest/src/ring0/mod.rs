@@ -3,7 +3,7 @@
 //! The guest's Rust code runs at CPL 3 because there it runs natively on every KVM; at CPL 0 a KVM without
 //! hardware virtualization emulates each instruction, and knows no SSE. The stub is assembly: `tables.s` (segments,
 //! page tables, stacks), `entry.s` (boot), `traps.s` (exceptions, interrupts), `services.s` (what the
-//! functions here call). Nothing else in the guest may execute a privileged instruction.
+//! functions here call), `second.s` (boot of a second processor). Nothing else in the guest may execute a privileged instruction.
 #![allow(unsafe_code)]
 
 use core::arch::global_asm;
@@ -14,6 +14,7 @@ global_asm!(
     include_str!("entry.s"),
     include_str!("traps.s"),
     include_str!("services.s"),
+    include_str!("second.s"),
     options(raw)
 );
 
@@ -44,6 +45,8 @@ unsafe extern "C" {
     static interrupt_counts: [AtomicU32; VECTORS];
     static exit_register: AtomicU64;
     static image_end: u8;
+    static second_start: u8;
+    static second_end: u8;
 
     /// Asks the stub for a service; `services.s` has the numbers and their arguments. Memory that it is pointed at must be
     /// valid for what the service does with it.
@@ -126,6 +129,36 @@ pub fn interrupt_controller_read(address: u32) -> u32 {
     );
     // SAFETY: checked above: no RAM is there.
     (unsafe { ring0_service(6, u64::from(address), 0, 0) } & 0xffff_ffff) as u32
+}
+
+/// Where a second processor starts in real mode: a free page below 640 KiB, between the boot loader's.
+const SECOND_START: usize = 0x8000;
+/// Interrupt command register of the local APIC, low and high half, and what starts processor 1 (Intel SDM volume 3, 10.6).
+const INTERRUPT_COMMAND: u32 = 0xfee0_0300;
+const INTERRUPT_TARGET: u32 = 0xfee0_0310;
+const TARGET_1: u32 = 1 << 24;
+const INIT: u32 = 0x4500;
+const STARTUP: u32 = 0x4600 | (SECOND_START >> 12) as u32;
+
+/// Starts processor 1, which then runs `second_main`. Once, and where there is one.
+pub fn start_second() {
+    // SAFETY: the labels enclose the bytes that second.s has for this; the page is mapped RAM that nobody uses any more.
+    unsafe {
+        let (start, end) = (&raw const second_start, &raw const second_end);
+        let length = end.addr() - start.addr();
+        let page = core::ptr::with_exposed_provenance_mut::<u8>(SECOND_START);
+        core::ptr::copy_nonoverlapping(start, page, length);
+    }
+    for command in [INIT, STARTUP] {
+        interrupt_controller_write(INTERRUPT_TARGET, TARGET_1);
+        interrupt_controller_write(INTERRUPT_COMMAND, command);
+    }
+}
+
+/// Where `second.s` continues: all that a second processor does here.
+#[unsafe(no_mangle)]
+extern "C" fn second_main() -> ! {
+    crate::flips::flip_for_ever()
 }
 
 fn is_interrupt_controller(address: u32) -> bool {

@@ -6,6 +6,7 @@ use crate::machine::Machine;
 
 mod bench;
 mod device;
+mod double_fetch;
 mod draw;
 mod fault;
 mod fuzz;
@@ -66,6 +67,11 @@ pub const ALL: &[Scenario] = &[
         name: "fuzz",
         about: "plays generated programs against the GPU's device",
         run: fuzz::run,
+    },
+    Scenario {
+        name: "doublefetch",
+        about: "changes requests from a second processor while the proxy reads them",
+        run: double_fetch::run,
     },
     Scenario {
         name: "bench",

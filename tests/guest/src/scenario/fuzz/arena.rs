@@ -58,6 +58,18 @@ impl Arena {
         }
     }
 
+    /// The 16 bits at `offset`, an even number within the arena, as they are now.
+    pub fn half(&self, offset: u64) -> u16 {
+        assert!(offset.is_multiple_of(2) && offset < SIZE);
+        // SAFETY: within the arena, as for `write`.
+        unsafe {
+            self.start
+                .add(offset as usize)
+                .cast::<u16>()
+                .read_volatile()
+        }
+    }
+
     /// Everything zero.
     pub fn clear(&self) {
         // SAFETY: as for `write`; the device has been reset and does not use it.

@@ -12,7 +12,7 @@ use crate::machine::Machine;
 use crate::physical::{ApertureRange, Registers};
 use crate::{clock, gpu, println};
 
-mod arena;
+pub mod arena;
 mod program;
 mod random;
 mod request;
