@@ -193,6 +193,13 @@ mod tests {
     }
 
     #[test]
+    fn an_aperture_of_no_pages_or_of_parts_of_some_is_refused() {
+        for size in [0, 1, PAGE_SIZE + 1, !(PAGE_SIZE - 1)] {
+            assert!(Aperture::new(size).is_err(), "{size:#x}");
+        }
+    }
+
+    #[test]
     fn a_guest_reads_zeros_where_the_memory_behind_its_mapping_is_gone() {
         let aperture = Aperture::new(16 * PAGE_SIZE).unwrap();
         let (kept, lost) = (memfd(2), memfd(2));

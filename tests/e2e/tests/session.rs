@@ -2,7 +2,7 @@
 
 use pvgpu_e2e::gate::{Gate, GateDriver};
 use pvgpu_e2e::loopback::Loopback;
-use pvgpu_e2e::recording::{Record, Recording};
+use pvgpu_e2e::recording::{Record, Recording, SIZE, TO_READ};
 use pvgpu_guest_driver::channel::Channel;
 use pvgpu_guest_driver::flat::Flat;
 use pvgpu_guest_driver::session::{ObjectId, Session};
@@ -17,7 +17,8 @@ use pvgpu_protocol::family::vgem;
 use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, GetParam, Map, ResourceCreate, Wait};
 use pvgpu_protocol::schema::command;
 use pvgpu_protocol::wire::{
-    IoctlRequest, MapRequest, OpenRequest, Operation, RequestHeader, ResponseHeader, open,
+    IoctlRequest, MapRequest, OpenRequest, Operation, ReadRequest, RequestHeader, ResponseHeader,
+    open,
 };
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -80,6 +81,16 @@ impl Guest {
         };
         self.ioctl(virtio_gpu::RESOURCE_CREATE, &mut argument)?;
         Ok(argument.bo_handle)
+    }
+
+    /// Makes a buffer and gives its memory out as an object.
+    fn export(&mut self) -> ObjectId {
+        let mut export = PrimeHandleToFd {
+            handle: self.create(4096).unwrap(),
+            ..Default::default()
+        };
+        self.ioctl(core::PRIME_HANDLE_TO_FD, &mut export).unwrap();
+        ObjectId(export.fd)
     }
 
     /// Sends an ioctl that no guest driver would send, and returns the result of the response.
@@ -255,6 +266,65 @@ fn an_ioctl_longer_than_the_guests_limit_is_e2big() {
     exec.size = 2048;
     assert_eq!(guest.ioctl(virtio_gpu::EXECBUFFER, &mut exec), Ok(0));
     assert_eq!(guest.reached(Limit::Message), 2);
+}
+
+#[test]
+fn a_read_gives_what_there_is_and_no_more_than_was_asked_for() {
+    let mut guest = Guest::new();
+    for flags in [open::RDWR, open::RDWR | open::NONBLOCK] {
+        let file = guest.session.open(flags).unwrap();
+        let mut bytes = [0xee; 64];
+        assert_eq!(guest.session.read(file, &mut bytes), Ok(TO_READ.len()));
+        assert_eq!(&bytes[..TO_READ.len()], TO_READ);
+        assert_eq!(bytes[TO_READ.len()..], [0xee; 64][TO_READ.len()..]);
+        let mut few = [0; 3];
+        assert_eq!(guest.session.read(file, &mut few), Ok(3));
+        assert_eq!(few, TO_READ[..3]);
+    }
+    assert_eq!(
+        guest.session.read(ObjectId(99), &mut [0]),
+        Err(Errno::EBADF)
+    );
+}
+
+#[test]
+fn a_read_that_has_no_room_or_is_not_of_a_file_is_einval() {
+    let mut guest = Guest::new();
+    let (file, read) = (guest.file, Operation::Read.number());
+    let body = |length: u32, reserved: u32| ReadRequest {
+        length: length.into(),
+        reserved: reserved.into(),
+    };
+    // As much as `raw` has room for, and the header of the response beside it.
+    for bad in [body(1 << 16, 0), body(4, 1)] {
+        let result = guest.raw(read, file, bad.as_bytes(), &[]);
+        assert_eq!(result, -Errno::EINVAL.number(), "{bad:?}");
+    }
+    let dma_buf = guest.export();
+    let result = guest.raw(read, dma_buf, body(4, 0).as_bytes(), &[]);
+    assert_eq!(result, -Errno::EINVAL.number());
+}
+
+#[test]
+fn the_size_of_an_object_is_the_hosts_and_needs_room_and_no_body() {
+    let mut guest = Guest::new();
+    let dma_buf = guest.export();
+    assert_eq!(guest.session.size(dma_buf), Ok(SIZE));
+    assert_eq!(guest.session.size(ObjectId(99)), Err(Errno::EBADF));
+    let size = Operation::Size.number();
+    assert_eq!(guest.raw(size, dma_buf, &[], &[]), 0);
+    let result = guest.raw(size, dma_buf, &[0], &[]);
+    assert_eq!(result, -Errno::EINVAL.number(), "a body");
+    let header = RequestHeader {
+        operation: size.into(),
+        flags: 0.into(),
+        object: (dma_buf.0 as u32).into(),
+        id: 1.into(),
+    };
+    let room = size_of::<ResponseHeader>() + 7;
+    let response = guest.session.channel().raw(header.as_bytes(), room);
+    let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
+    assert_eq!(header.result.get(), -Errno::EINVAL.number(), "no room");
 }
 
 #[test]
