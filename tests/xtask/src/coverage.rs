@@ -212,6 +212,8 @@ fn measure(workspace: &Path) -> Result<(BTreeMap<String, Lines>, Vec<String>), C
         let mut command = program.command(&[]);
         command
             .arg("--quiet")
+            // The counters are written by the process itself.
+            .env("PVGPU_SANDBOX", "off")
             .env("LLVM_PROFILE_FILE", profiles.join("%m.profraw"));
         if command::capture(&mut command).is_err() {
             failed.push(program.name.clone());
