@@ -264,15 +264,14 @@ fn worker_time_over_the_limit_is_eagain_until_it_has_come_back() {
     };
     assert_eq!(refused, -Errno::EAGAIN.number());
     assert_eq!(session.statistics().reached(Limit::WorkerTime), 1);
-    // A second's time was saved up, some has come in since, and one poll may go beyond it.
+    // A second's time was saved up and some has come in since. One poll may go beyond it, and another be admitted before
+    // that is booked.
     let paid = time + time.mul_f64(begin.elapsed().as_secs_f64());
-    assert!(
-        performed >= 8 && performed <= 2 + paid.as_millis() / 2,
-        "{performed}"
-    );
-    // What does not wait is not concerned, and the time comes back: 2 ms in 100 ms.
+    let most = 3 + paid.as_millis() / 2;
+    assert!((4..=most).contains(&performed), "{performed} of {most}");
+    // What does not wait is not concerned, and the time comes back: 10 ms in half a second.
     assert_eq!(perform(&session, Operation::Nop, 0, &[]), 0);
-    std::thread::sleep(Duration::from_millis(150));
+    std::thread::sleep(Duration::from_millis(500));
     assert_eq!(poll_for_long(&session, file), 1);
     assert_eq!(session.statistics().reached(Limit::WorkerTime), 1);
 }

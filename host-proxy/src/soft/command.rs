@@ -13,7 +13,6 @@ use pvgpu_protocol::family::soft::{
     WORK_COMMAND, WORK_MAX, WORK_ROW, opcode,
 };
 use std::sync::Arc;
-use std::time::Duration;
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Bytes of a pixel.
@@ -348,10 +347,7 @@ pub(super) fn execute(command: &Command, progress: &Progress) -> Result<(), Stop
             offset,
             value,
         } => Ok(buffer.memory().write(*offset, value.as_bytes())?),
-        Command::Hang => loop {
-            progress.check()?;
-            progress.rest(Duration::from_millis(1));
-        },
+        Command::Hang => Err(progress.hang()),
     }
 }
 

@@ -9,6 +9,7 @@ use super::buffer::Buffer;
 use super::command::{self, Command};
 use super::fence::{Fence, Observer, Status, lock};
 use super::turn::{Guest, Turn, Turns};
+use crate::clock::thread_ns;
 use crate::sandbox::Filter;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::family::soft::{HANGS_MAX, QUEUE_MAX};
@@ -26,6 +27,8 @@ const QUEUE_BYTES_MAX: usize = 16 << 20;
 const GUEST_BYTES_MAX: usize = 256 << 20;
 /// What a job takes beyond its commands: lists of buffers and fences.
 const JOB_BYTES: usize = 4096;
+/// How often a submission that hangs looks whether it is to be stopped.
+const HANG_PERIOD: Duration = Duration::from_millis(1);
 /// How many of the last submissions of a queue can be waited for by number with their result.
 const RECENT: usize = 2 * QUEUE_MAX as usize;
 
@@ -70,30 +73,57 @@ impl From<super::memory::OutOfBounds> for Stop {
 
 /// What an executing submission asks between two pieces of work, so that it can be stopped.
 pub(super) struct Progress {
-    /// When it has run too long; pauses do not count.
+    /// When to look whether it has run too long; pauses do not count.
     deadline: Cell<Instant>,
+    /// How much processor time it may take.
+    watchdog: Duration,
+    /// Processor time of the engine when it began, in nanoseconds.
+    begin: u64,
     closed: Arc<AtomicBool>,
     turn: Turn,
 }
 
 impl Progress {
-    /// Whether it may go on. Pauses while it is another guest's turn.
+    /// Of a submission that begins now, on this thread.
+    fn begin(watchdog: Duration, closed: Arc<AtomicBool>, turn: Turn) -> Self {
+        Self {
+            deadline: Cell::new(Instant::now() + watchdog),
+            watchdog,
+            begin: thread_ns(),
+            closed,
+            turn,
+        }
+    }
+
+    /// Whether it may go on. Pauses while it is another guest's turn. What counts is processor time: a host that has little of
+    /// it makes no submission hang.
     pub(super) fn check(&self) -> Result<(), Stop> {
         let now = Instant::now();
         if self.closed.load(Ordering::Relaxed) {
             return Err(Stop::Closed);
         }
         if now >= self.deadline.get() {
-            return Err(Stop::Hung);
+            let taken = Duration::from_nanos(thread_ns().saturating_sub(self.begin));
+            let left = self.watchdog.saturating_sub(taken);
+            if left.is_zero() {
+                return Err(Stop::Hung);
+            }
+            self.deadline.set(now + left);
         }
         let paused = self.turn.go_on(now);
         self.deadline.set(self.deadline.get() + paused);
         Ok(())
     }
 
-    /// Does nothing for a while, without keeping other guests from it.
-    pub(super) fn rest(&self, time: Duration) {
-        self.turn.rest(time);
+    /// Does nothing until it is stopped, without keeping other guests from executing.
+    pub(super) fn hang(&self) -> Stop {
+        while Instant::now() < self.deadline.get() {
+            if self.closed.load(Ordering::Relaxed) {
+                return Stop::Closed;
+            }
+            self.turn.rest(HANG_PERIOD);
+        }
+        Stop::Hung
     }
 }
 
@@ -342,11 +372,7 @@ impl Scheduler {
             state.bytes = state.bytes.saturating_sub(bytes);
             drop(state);
             let turn = self.turns.take(&self.guest);
-            let progress = Progress {
-                deadline: Cell::new(Instant::now() + self.watchdog),
-                closed,
-                turn,
-            };
+            let progress = Progress::begin(self.watchdog, closed, turn);
             let ended = execute(&job.commands, &progress);
             drop(progress);
             drop(job);
@@ -453,5 +479,24 @@ impl Drop for Engines {
                 log::error!("an engine of the embedded GPU has died");
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_submission_hangs_by_the_processor_time_that_it_takes_and_not_by_the_clock() {
+        let watchdog = Duration::from_millis(50);
+        let turn = Turns::new(1).take(&Guest::new());
+        let progress = Progress::begin(watchdog, Arc::default(), turn);
+        std::thread::sleep(2 * watchdog);
+        assert_eq!(progress.check(), Ok(()));
+        let begin = thread_ns();
+        while thread_ns() - begin < 50_000_000 {}
+        // The clock may have to reach the new deadline first.
+        std::thread::sleep(watchdog);
+        assert_eq!(progress.check(), Err(Stop::Hung));
     }
 }

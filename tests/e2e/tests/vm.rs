@@ -9,11 +9,13 @@ use std::sync::Arc;
 
 use guest_program::{guest, with_kvm};
 use pvgpu_e2e::double_fetch;
-use pvgpu_e2e::guest_vm::{self, Run};
+use pvgpu_e2e::guest_vm::{self, Lines, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
 use pvgpu_e2e::vanishing;
 use pvgpu_host_proxy::device::Doorbell;
+use pvgpu_host_proxy::limit::Limit;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_mini_vmm::Vm;
 use pvgpu_scenarios::soft;
 
 fn driver() -> Arc<SoftDriver> {
@@ -157,4 +159,31 @@ fn a_second_vcpu_that_changes_requests_while_they_are_read_changes_nothing_behin
             double_fetch::race(guest(), doorbell, 1500).unwrap();
         }
     }
+}
+
+#[test]
+fn a_guest_that_reaches_a_limit_gets_its_errno_and_the_operator_sees_it_and_what_the_trace_lacks() {
+    if !with_kvm() {
+        return;
+    }
+    let lines = Lines::new(|_| ());
+    let command_line = "scenario=draw";
+    let mut config = guest_vm::config(
+        guest(),
+        command_line,
+        driver(),
+        Doorbell::Worker,
+        lines.clone(),
+    );
+    let trace = tempfile::tempfile().unwrap();
+    let device = &mut config.gpu.as_mut().unwrap().device;
+    device.limits.memory = 4096;
+    device.trace = Some(trace.try_clone().unwrap());
+    device.trace_limit = 100;
+    let outcome = Vm::new(config).unwrap().run().unwrap();
+    assert_eq!(outcome.exit_code, 1);
+    let gpu = outcome.gpu.unwrap();
+    assert_eq!(gpu.reached(Limit::Memory), 1);
+    assert!(gpu.untraced > 0 && gpu.untraced < gpu.completed, "{gpu:?}");
+    assert!(trace.metadata().unwrap().len() <= 100);
 }
