@@ -7,8 +7,10 @@ use std::path::{Path, PathBuf};
 
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
+use pvgpu_host_proxy::sandbox;
 use serde::Serialize;
 
+use crate::files;
 use crate::kvm::{self, CAPABILITIES, Machine};
 
 /// Everything that was found.
@@ -20,6 +22,19 @@ pub struct Report {
     pub kvm: Kvm,
     /// The GPU nodes, by name.
     pub gpus: Vec<Node>,
+    /// What keeps a guest in that has taken the monitor over.
+    pub sandbox: Sandbox,
+}
+
+/// What the kernel has for the sandbox.
+#[derive(Debug, Serialize)]
+pub struct Sandbox {
+    /// Whether threads can be kept from system calls (seccomp).
+    pub seccomp: bool,
+    /// Whether the process can be kept from files (Landlock).
+    pub landlock: bool,
+    /// Why there is no sandbox at all, and the remedy.
+    pub problem: Option<String>,
 }
 
 /// A GPU node, for `--gpu drm:NODE`.
@@ -73,6 +88,16 @@ pub fn check(kvm: &Path, nodes: &Path) -> Report {
         ok: kvm.problem.is_none(),
         kvm,
         gpus: check_nodes(nodes),
+        sandbox: check_sandbox(),
+    }
+}
+
+fn check_sandbox() -> Sandbox {
+    let problem = sandbox::available().err().map(|error| error.to_string());
+    Sandbox {
+        seccomp: problem.is_none(),
+        landlock: files::available(),
+        problem,
     }
 }
 
@@ -155,7 +180,23 @@ impl fmt::Display for Report {
         } else {
             writeln!(f, "GPU nodes:")?;
         }
-        self.gpus.iter().try_for_each(|node| node.fmt(f))
+        self.gpus.iter().try_for_each(|node| node.fmt(f))?;
+        self.sandbox.fmt(f)
+    }
+}
+
+impl fmt::Display for Sandbox {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let problem = self.problem.as_deref().unwrap_or("yes");
+        writeln!(f, "Sandbox:")?;
+        writeln!(f, "  system calls are filtered (seccomp): {problem}")?;
+        let landlock = match self.landlock {
+            true => "yes",
+            false => {
+                "no (optional): boot the kernel with lsm=landlock,... if it has CONFIG_SECURITY_LANDLOCK"
+            }
+        };
+        writeln!(f, "  files are restricted (Landlock): {landlock}")
     }
 }
 

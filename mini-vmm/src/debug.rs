@@ -15,8 +15,7 @@
 //! size of what it can make the host store is bounded.
 
 use std::fs::File;
-use std::io::Write;
-use std::path::PathBuf;
+use std::io::{Seek, Write};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use vm_memory::{
@@ -46,10 +45,10 @@ pub mod register {
 pub const MAX_DUMP_IN_MEMORY: usize = 256 << 20;
 
 /// Where a dump goes.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug)]
 pub enum DumpTarget {
-    /// This file, replaced by each dump.
-    File(PathBuf),
+    /// This file, open for writing; each dump replaces what is in it.
+    File(File),
     /// The machine's outcome.
     Memory,
 }
@@ -124,9 +123,11 @@ impl Debug {
                 state.dump = Some(bytes);
                 Ok(())
             }
-            Some(DumpTarget::File(path)) => {
+            Some(DumpTarget::File(file)) => {
                 let write = || -> std::io::Result<()> {
-                    let mut file = File::create(path)?;
+                    let mut file = file.try_clone()?;
+                    file.set_len(0)?;
+                    file.rewind()?;
                     memory
                         .write_all_volatile_to(address, &mut file, length)
                         .map_err(std::io::Error::other)?;
@@ -134,10 +135,7 @@ impl Debug {
                 };
                 write().map_err(|error| {
                     if !std::mem::replace(&mut state.warned, true) {
-                        log::warn!(
-                            "cannot write the guest's dump to {}: {error}",
-                            path.display()
-                        );
+                        log::warn!("cannot write the guest's dump to its file: {error}");
                     }
                     error.raw_os_error().unwrap_or(libc::EIO)
                 })
@@ -244,7 +242,8 @@ mod tests {
     #[test]
     fn a_later_dump_replaces_the_file_of_an_earlier_one() {
         let path = std::env::temp_dir().join(format!("mini-vmm-dump-{}", std::process::id()));
-        let (ram, _stop, debug) = device(Some(DumpTarget::File(path.clone())));
+        let file = File::create(&path).unwrap();
+        let (ram, _stop, debug) = device(Some(DumpTarget::File(file)));
         ram.map()
             .memory()
             .write_slice(b"first, long", GuestAddress(0x1000))

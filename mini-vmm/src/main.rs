@@ -16,11 +16,13 @@ use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
 use pvgpu_host_proxy::logging::{LINES, Limited};
+use pvgpu_host_proxy::sandbox::{self, Sandbox};
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::statistics::Statistics;
 use pvgpu_mini_vmm::limit::Setting;
 use pvgpu_mini_vmm::{
-    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, rlimit, size, terminal,
+    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, files, kvm, privacy, rlimit,
+    size, terminal,
 };
 
 /// Exit status of errors of usage and environment.
@@ -34,7 +36,8 @@ const USAGE: u8 = 2;
     after_help = "\
 Exit status of 'run': the guest's own exit code (its low eight bits; 255 where these are 0 but the code is not), \
 0 when the guest resets the machine, 2 for errors of usage and environment (no KVM, bad kernel, ...), \
-3 when the guest crashed or KVM could not go on with it, 128 + N when signal N ended it (130 also for Ctrl-A x).
+3 when the guest crashed or KVM could not go on with it, 128 + N when signal N ended it (130 also for Ctrl-A x). \
+What the sandbox forbids ends it by SIGSYS, which a shell reports as 159.
 Exit status of 'check': 0 when a machine can run here, 2 when not."
 )]
 struct Options {
@@ -98,6 +101,10 @@ struct Run {
     /// File that the guest's memory dumps replace (see the debug device).
     #[arg(long, value_name = "FILE")]
     dump: Option<PathBuf>,
+    /// Whether threads that handle the guest's data may only make the system calls that they need, and the program only
+    /// open the files that it is given: 'on' unless the environment says PVGPU_SANDBOX=off, for debugging alone.
+    #[arg(long, value_enum)]
+    sandbox: Option<SandboxChoice>,
     /// Print one JSON object with the outcome on standard output; the console goes to standard error.
     #[arg(long)]
     json: bool,
@@ -125,7 +132,11 @@ impl GpuChoice {
     }
 
     /// The host driver, if there is to be a GPU.
-    fn open(&self, watchdog: Duration) -> Result<Option<Arc<dyn HostDriver>>, String> {
+    fn open(
+        &self,
+        watchdog: Duration,
+        sandbox: Sandbox,
+    ) -> Result<Option<Arc<dyn HostDriver>>, String> {
         Ok(match self {
             Self::None => None,
             Self::Drm(node) => Some(Arc::new(
@@ -134,6 +145,7 @@ impl GpuChoice {
             Self::Soft => {
                 let driver = SoftDriver::new(SoftConfig {
                     watchdog,
+                    sandbox,
                     ..SoftConfig::default()
                 });
                 Some(Arc::new(driver.map_err(|error| format!("cannot start the embedded GPU: {error}; check the limits on threads and open files (ulimit -u, ulimit -n)"))?))
@@ -147,6 +159,24 @@ impl GpuChoice {
 enum DoorbellChoice {
     Inline,
     Worker,
+}
+
+/// A value of `--sandbox`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum SandboxChoice {
+    On,
+    Off,
+}
+
+impl Run {
+    /// Whether there is to be a sandbox.
+    fn sandbox(&self) -> Sandbox {
+        match self.sandbox {
+            Some(SandboxChoice::On) => Sandbox::On,
+            Some(SandboxChoice::Off) => Sandbox::Off,
+            None => Sandbox::default(),
+        }
+    }
 }
 
 #[derive(Debug, Args)]
@@ -208,28 +238,18 @@ fn usage(error: &clap::Error) -> ExitCode {
 }
 
 /// The GPU that the options ask for.
-fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
-    let Some(driver) = options.gpu.open(Duration::from_secs(options.watchdog))? else {
-        return match options.trace {
-            None => Ok(None),
-            Some(_) => Err("--trace records a GPU's requests, but there is no GPU: leave it out or choose another --gpu".into()),
-        };
+fn gpu(options: &Run, trace: Option<File>) -> Result<Option<Gpu>, String> {
+    let watchdog = Duration::from_secs(options.watchdog);
+    let Some(driver) = options.gpu.open(watchdog, options.sandbox())? else {
+        return Ok(None);
     };
-    let trace = options.trace.as_ref().map(|path| {
-        File::create(path).map_err(|error| {
-            format!(
-                "cannot write the trace {}: {error}; give a --trace FILE that can be created",
-                path.display()
-            )
-        })
-    });
     let mut device = DeviceConfig {
         request_queues: options.cpus.into(),
         doorbell: match options.doorbell {
             DoorbellChoice::Inline => Doorbell::Inline,
             DoorbellChoice::Worker => Doorbell::Worker,
         },
-        trace: trace.transpose()?,
+        trace,
         trace_limit: options.trace_limit,
         ..DeviceConfig::default()
     };
@@ -243,14 +263,31 @@ fn gpu(options: &Run) -> Result<Option<Gpu>, String> {
     }))
 }
 
-/// Whether the dump file can be written, which a guest would find out only at its end.
-fn check_dump(path: &Path) -> Result<(), String> {
+/// The file that a GPU's requests are recorded in.
+fn open_trace(options: &Run) -> Result<Option<File>, String> {
+    let Some(path) = &options.trace else {
+        return Ok(None);
+    };
+    if options.gpu == GpuChoice::None {
+        return Err("--trace records a GPU's requests, but there is no GPU: leave it out or choose another --gpu".into());
+    }
+    let file = File::create(path).map_err(|error| {
+        format!(
+            "cannot write the trace {}: {error}; give a --trace FILE that can be created",
+            path.display()
+        )
+    });
+    file.map(Some)
+}
+
+/// The file that dumps go to, as it is until there is one.
+fn open_dump(path: &Path) -> Result<File, String> {
     let file = File::options()
         .write(true)
         .create(true)
         .truncate(false)
         .open(path);
-    file.map(drop).map_err(|error| {
+    file.map_err(|error| {
         format!(
             "cannot write the dump {}: {error}; give a --dump FILE that can be created",
             path.display()
@@ -258,7 +295,26 @@ fn check_dump(path: &Path) -> Result<(), String> {
     })
 }
 
+/// Leaves nothing to open but the kernel, its ramdisks, KVM and the GPU's node. Without Landlock it changes nothing, which
+/// 'mini-vmm check' tells.
+fn restrict_files(options: &Run) -> Result<(), String> {
+    let mut read = vec![options.kernel.as_path()];
+    read.extend(options.initrd.iter().map(PathBuf::as_path));
+    let mut devices = vec![options.kvm.as_path()];
+    if let GpuChoice::Drm(node) = &options.gpu {
+        devices.push(node);
+    }
+    files::restrict(&read, &devices).map(drop).map_err(|error| {
+        format!("Landlock refuses ({error}): run with --sandbox off, and report this")
+    })
+}
+
 fn run(options: Run) -> Result<u8, String> {
+    privacy::hide().map_err(|error| format!("cannot hide this process's memory: {error}"))?;
+    let sandbox = options.sandbox();
+    if sandbox == Sandbox::On {
+        sandbox::available().map_err(|error| format!("{error} (--sandbox off)"))?;
+    }
     let watch = |error| format!("cannot watch for signals: {error}");
     let signals = terminal::Signals::block().map_err(watch)?;
     if let Err(error) = rlimit::raise_open_files() {
@@ -274,9 +330,13 @@ fn run(options: Run) -> Result<u8, String> {
     let stdin = io::stdin();
     let input = stdin.as_fd().try_clone_to_owned().ok().map(File::from);
     let is_terminal = io::IsTerminal::is_terminal(&stdin);
-    options.dump.as_deref().map_or(Ok(()), check_dump)?;
+    let dump = options.dump.as_deref().map(open_dump).transpose()?;
+    let trace = open_trace(&options)?;
+    if sandbox == Sandbox::On {
+        restrict_files(&options)?;
+    }
     let config = VmConfig {
-        gpu: gpu(&options)?,
+        gpu: gpu(&options, trace)?,
         kvm: options.kvm,
         initrd: options.initrd,
         cmdline: options.cmdline,
@@ -287,15 +347,16 @@ fn run(options: Run) -> Result<u8, String> {
             input,
             escape: is_terminal,
         },
-        dump: options.dump.map(DumpTarget::File),
+        dump: dump.map(DumpTarget::File),
+        sandbox,
         ..VmConfig::new(options.kernel)
     };
     let message = |error: VmError| error.to_string();
     let vm = Vm::new(config).map_err(message)?;
-    signals.end(vm.stop()).map_err(watch)?;
+    signals.end(vm.stop(), vm.filter()).map_err(watch)?;
     let raw = terminal::RawMode::enter(stdin.as_fd())
         .map_err(|error| format!("cannot set the terminal up: {error}"))?;
-    let outcome = vm.run();
+    let outcome = vm.run_in_the_sandbox();
     drop(raw);
     let outcome = outcome.map_err(message)?;
     match &outcome.ending {

@@ -1,10 +1,69 @@
-//! What the machine's own threads may do beyond the GPU's device: tables for the filters of [`pvgpu_host_proxy::sandbox`].
+//! What the threads of a machine may do beyond the GPU's device: tables for the filters of
+//! [`pvgpu_host_proxy::sandbox`], and the filters made of them.
 //!
-//! `vm` makes the filters; vCPU threads get theirs from it, the program's own threads from `main`. The reasons are in the rows;
-//! `docs/sandbox.md` has it in words.
+//! `vm` puts its vCPU threads under theirs; `main` those of its own that are left.
 
 use kvm_bindings::{KVMIO, kvm_regs, kvm_translation};
-use libc::{_IOC_NONE, _IOC_READ, _IOC_WRITE};
-use pvgpu_host_proxy::sandbox::Allowed;
+use pvgpu_host_proxy::sandbox::{Allowed, Filter, Sandbox, SandboxError};
+use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
-use crate::cast;
+/// The command of an ioctl of KVM: its direction, number and argument (`linux/kvm.h`).
+#[allow(clippy::cast_possible_truncation)] // commands have 32 bits, and these arguments less than 16 KiB
+const fn kvm(direction: u32, number: u32, size: usize) -> u32 {
+    ioctl_expr(direction, KVMIO, number, size as u32) as u32
+}
+
+const PLACE: &str = "where a guest has failed";
+const DUMP: &str = "a dump replaces the one before in its file";
+
+/// What a vCPU's thread does beside the devices' work.
+pub static VCPU: &[Allowed] = &[
+    Allowed::ioctl(kvm(_IOC_NONE, 0x80, 0), "KVM_RUN"),
+    Allowed::ioctl(kvm(_IOC_READ, 0x81, size_of::<kvm_regs>()), PLACE),
+    Allowed::ioctl(
+        kvm(_IOC_READ | _IOC_WRITE, 0x85, size_of::<kvm_translation>()),
+        PLACE,
+    ),
+    Allowed::any(libc::SYS_ftruncate, DUMP),
+    Allowed::any(libc::SYS_lseek, DUMP),
+];
+
+const EVENTS: &str = "waits for the end of the machine and for the console's input";
+const TERMINAL: &str = "gives the terminal its settings back";
+
+/// What the program's own threads do when the machine is complete: the event loop, the end of the machine, signals.
+pub static MONITOR: &[Allowed] = &[
+    Allowed::any(libc::SYS_epoll_create1, EVENTS),
+    Allowed::any(libc::SYS_epoll_ctl, EVENTS),
+    Allowed::any(libc::SYS_epoll_wait, EVENTS),
+    Allowed::any(libc::SYS_epoll_pwait, EVENTS),
+    Allowed::any(libc::SYS_rt_sigtimedwait, "the signals that ask it to end"),
+    Allowed::ioctl(terminal(libc::TCGETS), TERMINAL),
+    Allowed::ioctl(terminal(libc::TCSETS), TERMINAL),
+];
+
+/// The command of an ioctl of terminals.
+#[allow(clippy::cast_possible_truncation)] // they have 16 bits
+const fn terminal(command: libc::Ioctl) -> u32 {
+    command as u32
+}
+
+/// The filters of a machine.
+#[derive(Debug)]
+pub(crate) struct Filters {
+    /// Of its vCPU threads.
+    pub vcpu: Filter,
+    /// Of the threads around it.
+    pub monitor: Filter,
+}
+
+impl Filters {
+    /// The filters of a machine whose devices make these calls.
+    pub(crate) fn new(sandbox: Sandbox, devices: &[Allowed]) -> Result<Self, SandboxError> {
+        Ok(Self {
+            // What a vCPU does most stands first.
+            vcpu: Filter::new(sandbox, VCPU.iter().chain(devices))?,
+            monitor: Filter::new(sandbox, MONITOR.iter().chain(devices))?,
+        })
+    }
+}

@@ -13,6 +13,7 @@ use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd};
 use std::sync::{Mutex, PoisonError};
 
 use crate::stop::{Ending, Stop};
+use pvgpu_host_proxy::sandbox::Filter;
 
 /// What must be restored, for the thread that ends the process on a second signal.
 static SAVED: Mutex<Option<Settings>> = Mutex::new(None);
@@ -107,32 +108,30 @@ impl Signals {
     }
 
     /// From now on the first of them ends the machine in an orderly way and a second one the process
-    /// at once.
+    /// at once. The thread that waits for them is under that filter.
     ///
     /// # Errors
     ///
     /// When the kernel refuses a thread.
-    pub fn end(self, stop: Stop) -> io::Result<()> {
-        std::thread::Builder::new()
-            .name("signals".into())
-            .spawn(move || {
-                loop {
-                    let mut signal = 0;
-                    // SAFETY: both arguments point to initialized values of the right type.
-                    if unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {
-                        continue;
-                    }
-                    let ending = Ending::Stopped {
-                        signal: Some(signal),
-                    };
-                    if stop.stopped() {
-                        restore();
-                        std::process::exit(i32::from(ending.status()));
-                    }
-                    stop.end(ending);
+    pub fn end(self, stop: Stop, filter: &Filter) -> io::Result<()> {
+        let serve = move || {
+            loop {
+                let mut signal = 0;
+                // SAFETY: both arguments point to initialized values of the right type.
+                if unsafe { libc::sigwait(&self.0, &mut signal) } != 0 {
+                    continue;
                 }
-            })?;
-        Ok(())
+                let ending = Ending::Stopped {
+                    signal: Some(signal),
+                };
+                if stop.stopped() {
+                    restore();
+                    std::process::exit(i32::from(ending.status()));
+                }
+                stop.end(ending);
+            }
+        };
+        filter.spawn("signals".into(), serve).map(drop)
     }
 }
 

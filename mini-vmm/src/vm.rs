@@ -14,6 +14,7 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use pvgpu_host_proxy::device::Device;
+use pvgpu_host_proxy::sandbox::{DEVICE, Filter, Sandbox, SandboxError, THREAD};
 use pvgpu_host_proxy::statistics::Statistics;
 use serde::Serialize;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
@@ -25,6 +26,7 @@ use crate::gpu::{self, Gpu, GpuError};
 use crate::kvm::{self, KvmError, Machine};
 use crate::memory::{MemoryError, Ram};
 use crate::ports::Ports;
+use crate::sandbox::Filters;
 use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
@@ -52,6 +54,9 @@ pub struct VmConfig {
     pub console: Console,
     /// Where the guest's dumps go.
     pub dump: Option<DumpTarget>,
+    /// Whether the threads that handle the guest's data are filtered ([`crate::sandbox`]); the GPU's too, whatever its own
+    /// configuration says.
+    pub sandbox: Sandbox,
     /// Devices besides the machine's own, between [`layout::EXTRA_MMIO`] and [`layout::EXTRA_MMIO_END`].
     pub devices: Vec<Attachment>,
 }
@@ -69,6 +74,7 @@ impl VmConfig {
             gpu: None,
             console: Console::output(io::stdout()),
             dump: None,
+            sandbox: Sandbox::default(),
             devices: Vec::new(),
         }
     }
@@ -95,6 +101,9 @@ pub enum VmError {
     /// Number of vCPUs.
     #[error("{0} vCPUs are not possible: choose --cpus from 1 to {max}", max = layout::MAX_CPUS)]
     Cpus(u8),
+    /// The sandbox.
+    #[error(transparent)]
+    Sandbox(#[from] SandboxError),
     /// Threads, events, epoll.
     #[error(
         "the host refused {what}: {error}; check its limits on threads and open files (ulimit -u, ulimit -n)"
@@ -144,6 +153,7 @@ pub struct Vm {
     gpu_off: Option<Arc<AtomicBool>>,
     port: Port,
     input: Option<(File, bool)>,
+    filters: Filters,
     ram: Ram,
 }
 
@@ -205,7 +215,9 @@ impl Vm {
         let mut transport = None;
         let mut gpu_off = None;
         let mut aperture = None;
-        if let Some(gpu) = config.gpu {
+        let mut system_calls = [THREAD, DEVICE].concat();
+        if let Some(mut gpu) = config.gpu {
+            gpu.device.sandbox = config.sandbox;
             let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
             if let Some(range) = attached.aperture {
                 // SAFETY: the device keeps the aperture mapped, whatever it maps inside, for as long as
@@ -215,6 +227,7 @@ impl Vm {
             }
             bus.attach(attached.attachment)?;
             aperture = attached.transport.device().aperture().cloned();
+            system_calls = attached.transport.device().system_calls().to_vec();
             transport = Some(attached.transport);
             gpu_off = Some(attached.off);
         }
@@ -237,6 +250,7 @@ impl Vm {
             stop,
             triple_fault_resets: resets_by_triple_fault(&config.cmdline),
         };
+        let filters = Filters::new(config.sandbox, &system_calls)?;
         let input = config
             .console
             .input
@@ -250,8 +264,14 @@ impl Vm {
             gpu_off,
             port,
             input,
+            filters,
             ram,
         })
+    }
+
+    /// What the threads around this machine need to do, for a program to put its own under.
+    pub fn filter(&self) -> &Filter {
+        &self.filters.monitor
     }
 
     /// The switch that ends this machine from any thread.
@@ -282,9 +302,25 @@ impl Vm {
     ///
     /// With the panic of a vCPU thread, if one had one: a defect of the monitor.
     pub fn run(self) -> Result<Outcome, VmError> {
+        self.run_under(&Filter::OFF)
+    }
+
+    /// As [`Vm::run`], and puts the calling thread under [`Vm::filter`] for the rest of its life: for a program that does
+    /// nothing else afterwards.
+    ///
+    /// # Errors
+    ///
+    /// As [`Vm::run`].
+    pub fn run_in_the_sandbox(self) -> Result<Outcome, VmError> {
+        let filter = self.filters.monitor.clone();
+        self.run_under(&filter)
+    }
+
+    fn run_under(self, filter: &Filter) -> Result<Outcome, VmError> {
         // On an early return these are dropped from the last to the first: see the order of the fields.
         let Self {
             ram,
+            filters,
             input,
             port,
             gpu_off,
@@ -299,9 +335,8 @@ impl Vm {
         let mut result = Ok(());
         for (index, (vcpu, kick)) in vcpus.into_iter().enumerate() {
             let surroundings = around.clone();
-            let thread = std::thread::Builder::new()
-                .name(format!("vcpu{index}"))
-                .spawn(move || vcpu.run(&surroundings));
+            let run = move || vcpu.run(&surroundings);
+            let thread = filters.vcpu.spawn(format!("vcpu{index}"), run);
             match thread {
                 Ok(thread) => running.push((thread, kick)),
                 Err(error) => {
@@ -310,6 +345,13 @@ impl Vm {
                     break;
                 }
             }
+        }
+        // The vCPUs have filters of their own by now, which are not that of this thread.
+        if result.is_ok() {
+            result = filter.enter().map_err(|error| {
+                around.stop.end(Ending::Stopped { signal: None });
+                error.into()
+            });
         }
         if result.is_ok() {
             let aperture = around.aperture.as_deref();

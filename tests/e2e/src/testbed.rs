@@ -19,6 +19,7 @@ mod mini_vmm;
 mod pictures;
 mod proxy;
 mod requests;
+mod sandbox;
 mod semantics;
 mod vgem;
 mod virtio_gpu;
@@ -44,6 +45,7 @@ pub fn tests() -> Vec<&'static Test> {
         virtio_gpu::TESTS,
         drm::TESTS,
         proxy::TESTS,
+        sandbox::TESTS,
         constants::TESTS,
         guest::TESTS,
         requests::TESTS,
