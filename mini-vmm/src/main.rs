@@ -21,8 +21,8 @@ use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::statistics::Statistics;
 use pvgpu_mini_vmm::limit::Setting;
 use pvgpu_mini_vmm::{
-    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, files, kvm, privacy, rlimit,
-    size, terminal,
+    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, privacy, rlimit, size,
+    terminal,
 };
 
 /// Exit status of errors of usage and environment.
@@ -295,20 +295,6 @@ fn open_dump(path: &Path) -> Result<File, String> {
     })
 }
 
-/// Leaves nothing to open but the kernel, its ramdisks, KVM and the GPU's node. Without Landlock it changes nothing, which
-/// 'mini-vmm check' tells.
-fn restrict_files(options: &Run) -> Result<(), String> {
-    let mut read = vec![options.kernel.as_path()];
-    read.extend(options.initrd.iter().map(PathBuf::as_path));
-    let mut devices = vec![options.kvm.as_path()];
-    if let GpuChoice::Drm(node) = &options.gpu {
-        devices.push(node);
-    }
-    files::restrict(&read, &devices).map(drop).map_err(|error| {
-        format!("Landlock refuses ({error}): run with --sandbox off, and report this")
-    })
-}
-
 fn run(options: Run) -> Result<u8, String> {
     privacy::hide().map_err(|error| format!("cannot hide this process's memory: {error}"))?;
     let sandbox = options.sandbox();
@@ -332,10 +318,12 @@ fn run(options: Run) -> Result<u8, String> {
     let is_terminal = io::IsTerminal::is_terminal(&stdin);
     let dump = options.dump.as_deref().map(open_dump).transpose()?;
     let trace = open_trace(&options)?;
-    if sandbox == Sandbox::On {
-        restrict_files(&options)?;
-    }
+    let only_devices = (sandbox == Sandbox::On).then(|| match &options.gpu {
+        GpuChoice::Drm(node) => vec![node.clone()],
+        GpuChoice::Soft | GpuChoice::None => Vec::new(),
+    });
     let config = VmConfig {
+        only_devices,
         gpu: gpu(&options, trace)?,
         kvm: options.kvm,
         initrd: options.initrd,

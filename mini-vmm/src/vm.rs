@@ -31,7 +31,7 @@ use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
 use crate::virtio_mmio::VirtioMmio;
-use crate::{events, layout, size};
+use crate::{events, files, layout, size};
 
 /// A machine that does not exist yet. [`VmConfig::new`] gives a modest one; change its fields.
 #[derive(Debug)]
@@ -57,6 +57,9 @@ pub struct VmConfig {
     /// Whether the threads that handle the guest's data are filtered ([`crate::sandbox`]); the GPU's too, whatever its own
     /// configuration says.
     pub sandbox: Sandbox,
+    /// If there is a list, then from when the kernel is loaded the calling thread, and all that it starts, can open nothing but
+    /// KVM and these devices ([`crate::files`]): for a program that makes no second machine.
+    pub only_devices: Option<Vec<PathBuf>>,
     /// Devices besides the machine's own, between [`layout::EXTRA_MMIO`] and [`layout::EXTRA_MMIO_END`].
     pub devices: Vec<Attachment>,
 }
@@ -75,6 +78,7 @@ impl VmConfig {
             console: Console::output(io::stdout()),
             dump: None,
             sandbox: Sandbox::default(),
+            only_devices: None,
             devices: Vec::new(),
         }
     }
@@ -104,6 +108,9 @@ pub enum VmError {
     /// The sandbox.
     #[error(transparent)]
     Sandbox(#[from] SandboxError),
+    /// Landlock.
+    #[error("Landlock refuses ({0}): run with --sandbox off, and report this")]
+    Files(io::Error),
     /// Threads, events, epoll.
     #[error(
         "the host refused {what}: {error}; check its limits on threads and open files (ulimit -u, ulimit -n)"
@@ -188,6 +195,12 @@ impl Vm {
                 cpus: config.cpus,
             },
         )?;
+
+        if let Some(devices) = &config.only_devices {
+            let mut devices: Vec<_> = devices.iter().map(PathBuf::as_path).collect();
+            devices.push(&config.kvm);
+            files::restrict(&devices).map_err(VmError::Files)?;
+        }
 
         let stop = Stop::new().map_err(VmError::host("an event"))?;
         let machine = Machine::new(&config.kvm)?;
