@@ -15,6 +15,7 @@ use std::time::{Duration, Instant};
 use pvgpu_host_proxy::Limits;
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_mini_vmm::bus::{Attachment, MmioDevice};
 use pvgpu_mini_vmm::{Console, Ending, Gpu, Vm, VmConfig, VmError, layout};
 
@@ -229,6 +230,8 @@ pub fn play(
             doorbells: Vec::new(),
             interrupts: Vec::new(),
         }],
+        // What is left behind is looked for on the vCPU's thread, in files of `/proc`.
+        sandbox: Sandbox::Off,
         ..VmConfig::new(guest)
     };
     let vm = Vm::new(config)?;
