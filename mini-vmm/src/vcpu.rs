@@ -158,6 +158,8 @@ pub struct Vcpu {
     fd: VcpuFd,
     index: u8,
     exits: Arc<ExitCounters>,
+    /// Instruction pointer at the last fault for which there was nothing to replace.
+    fault: Option<u64>,
 }
 
 impl Vcpu {
@@ -204,7 +206,13 @@ impl Vcpu {
                 .map_err(KvmError::at("set floating-point registers"))?;
         }
         let exits = Arc::default();
-        Ok((Self { fd, index, exits }, kick))
+        let vcpu = Self {
+            fd,
+            index,
+            exits,
+            fault: None,
+        };
+        Ok((vcpu, kick))
     }
 
     /// Its exits, which stay readable when it has ended.
@@ -266,9 +274,14 @@ impl Vcpu {
 
     /// The host could not give the guest the memory that it touched. Where that is lost memory behind the aperture the guest
     /// can go on, without it.
-    fn recover(&self, address: Option<u64>, around: &Surroundings) {
+    fn recover(&mut self, address: Option<u64>, around: &Surroundings) {
         let aperture = around.aperture.as_ref();
         if aperture.is_some_and(|aperture| aperture.replace_lost() > 0) {
+            return;
+        }
+        // The event loop may have replaced it meanwhile: that it cannot be had shows when the guest tries again.
+        let place = self.fd.get_regs().ok().map(|registers| registers.rip);
+        if place.is_some() && std::mem::replace(&mut self.fault, place) != place {
             return;
         }
         let cause = format!("{}; {}", memory_fault(address), self.place(around));

@@ -1,6 +1,8 @@
 //! A host driver whose memory goes away under the guest that has mapped it, as that of an unplugged GPU does.
 //!
-//! It is the embedded GPU, but for what its files map: a file of its own, which is cut off when the guest submits commands.
+//! It is the embedded GPU, but for what its files map: a file of its own, which is lost when the guest has waited for its
+//! commands and is about to read.
+#![allow(unsafe_code)]
 
 use crate::loopback_file::LoopbackFile;
 use crate::{ensure, guest_vm};
@@ -12,11 +14,12 @@ use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
 use pvgpu_host_proxy::sandbox::{Allowed, Sandbox};
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::Ending;
-use pvgpu_protocol::family::soft::DRM_IOCTL_SOFT_SUBMIT;
+use pvgpu_protocol::family::core::SYNCOBJ_WAIT;
 use pvgpu_scenarios as scenarios;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::BorrowedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::sync::mpsc::channel;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -32,13 +35,22 @@ const PATIENT: SoftConfig = SoftConfig {
     sandbox: Sandbox::On,
 };
 
+/// How memory is lost. KVM makes something else of each.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Loss {
+    /// The file is cut off, so that touching it is a SIGBUS: KVM does not come back from such a page.
+    CutOff,
+    /// The mapping allows no access any more: `KVM_RUN` fails with `EFAULT`.
+    NoAccess,
+}
+
 /// The driver.
-pub struct Vanishing(SoftDriver);
+pub struct Vanishing(SoftDriver, Loss);
 
 impl Vanishing {
     /// A GPU of the default size, but more patient.
-    pub fn new() -> io::Result<Self> {
-        SoftDriver::new(PATIENT).map(Self)
+    pub fn new(loss: Loss) -> io::Result<Self> {
+        SoftDriver::new(PATIENT).map(|soft| Self(soft, loss))
     }
 }
 
@@ -50,6 +62,14 @@ impl HostDriver for Vanishing {
     fn system_calls(&self) -> io::Result<Vec<Allowed>> {
         let mut calls = self.0.system_calls()?;
         calls.push(Allowed::any(libc::SYS_openat, "a file behind each mapping"));
+        for call in [
+            libc::SYS_read,
+            libc::SYS_statx,
+            libc::SYS_lseek,
+            libc::SYS_mprotect,
+        ] {
+            calls.push(Allowed::any(call, "finding and locking its mapping"));
+        }
         Ok(calls)
     }
 
@@ -57,6 +77,7 @@ impl HostDriver for Vanishing {
         Ok(Arc::new(Open {
             soft: self.0.open(flags)?,
             mapped: Mutex::default(),
+            loss: self.1,
         }))
     }
 }
@@ -65,23 +86,61 @@ impl HostDriver for Vanishing {
 struct Open {
     soft: Arc<dyn HostObject>,
     mapped: Mutex<Vec<File>>,
+    loss: Loss,
 }
 
 impl Open {
+    fn lose(&self, file: &File) -> io::Result<()> {
+        match self.loss {
+            Loss::CutOff => file.set_len(0),
+            Loss::NoAccess => forbid(file.metadata()?.ino()),
+        }
+    }
+
     /// The files that are behind its mappings.
     fn mapped(&self) -> std::sync::MutexGuard<'_, Vec<File>> {
         self.mapped.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// Takes all access from the mappings of the file with this number: those in the aperture, there are no others.
+fn forbid(inode: u64) -> io::Result<()> {
+    let maps = fs::read_to_string("/proc/self/maps")?;
+    // 7f00..-7f01.. rw-s 00000000 fe:00 1234 /tmp/..
+    for line in maps.lines() {
+        let words: Vec<&str> = line.split_whitespace().collect();
+        let [range, _, _, _, number, ..] = words.as_slice() else {
+            continue;
+        };
+        if number.parse() != Ok(inode) {
+            continue;
+        }
+        let ends = range.split_once('-').map(|(start, end)| {
+            let address = |text| usize::from_str_radix(text, 16).map_err(io::Error::other);
+            Ok::<_, io::Error>((address(start)?, address(end)?))
+        });
+        let Some((start, end)) = ends.transpose()? else {
+            continue;
+        };
+        let start_pointer = std::ptr::with_exposed_provenance_mut(start);
+        // SAFETY: a mapping of this file lies in an aperture, whose memory no Rust reference ever points to.
+        match unsafe { libc::mprotect(start_pointer, end - start, libc::PROT_NONE) } {
+            0 => {}
+            _ => return Err(io::Error::last_os_error()),
+        }
+    }
+    Ok(())
+}
+
 impl HostObject for Open {
     fn ioctl(&self, call: &mut Call, cancel: &Cancel) -> Result<i32, Errno> {
-        if call.command() == DRM_IOCTL_SOFT_SUBMIT {
-            for file in self.mapped().iter() {
-                file.set_len(0).map_err(|_| Errno::EIO)?;
+        let result = self.soft.ioctl(call, cancel);
+        if call.command() == SYNCOBJ_WAIT {
+            for file in self.mapped().drain(..) {
+                self.lose(&file).map_err(|_| Errno::EIO)?;
             }
         }
-        self.soft.ioctl(call, cancel)
+        result
     }
 
     fn mapping(&self, offset: u64, length: u64, _protection: u32) -> Result<Mapping, Errno> {
@@ -112,11 +171,22 @@ impl HostObject for Open {
 /// How long a guest may take to notice.
 const PATIENCE: Duration = Duration::from_secs(120);
 
+/// Does [`lose_beside_another_guest`]; once more if the check of every second has replaced what was lost before the guest touched it.
+pub fn beside_another_guest(guest: &Path, loss: Loss) -> Result<(), Box<dyn std::error::Error>> {
+    for _ in 0..4 {
+        let faults = lose_beside_another_guest(guest, loss)?;
+        if loss == Loss::CutOff || faults > 0 {
+            return Ok(());
+        }
+    }
+    Err("KVM_RUN should have failed with EFAULT".into())
+}
+
 /// Runs a test guest that loses what it has mapped beside one that does not: the first goes on with zeros and ends by its own
-/// complaint about them, the second draws its picture as ever.
-pub fn beside_another_guest(guest: &Path) -> Result<(), Box<dyn std::error::Error>> {
+/// complaint about them, the second draws its picture as ever. Gives how often KVM said so.
+fn lose_beside_another_guest(guest: &Path, loss: Loss) -> Result<u64, Box<dyn std::error::Error>> {
     let (done, ended) = channel();
-    let (driver, path) = (Arc::new(Vanishing::new()?), guest.to_owned());
+    let (driver, path) = (Arc::new(Vanishing::new(loss)?), guest.to_owned());
     let losing = thread::spawn(move || {
         let run = guest_vm::run(&path, "scenario=draw", driver, Doorbell::Worker, |_| ());
         done.send(()).unwrap_or(());
@@ -144,7 +214,7 @@ pub fn beside_another_guest(guest: &Path) -> Result<(), Box<dyn std::error::Erro
         "the guest should have found zeros in its picture: {:?}, {said}",
         losing.outcome.ending
     );
-    Ok(())
+    Ok(losing.outcome.exits.other)
 }
 
 /// What the test guest says of a picture full of zeros.

@@ -11,7 +11,7 @@ use guest_program::{guest, with_kvm};
 use pvgpu_e2e::double_fetch;
 use pvgpu_e2e::guest_vm::{self, Lines, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
-use pvgpu_e2e::vanishing;
+use pvgpu_e2e::vanishing::{self, Loss};
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::limit::Limit;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
@@ -148,7 +148,14 @@ fn a_guest_that_sleeps_for_responses_draws_the_same_picture_as_one_that_polls() 
 #[test]
 fn a_guest_whose_mapped_memory_goes_away_reads_zeros_and_another_guest_notices_nothing() {
     if with_kvm() {
-        vanishing::beside_another_guest(guest()).unwrap();
+        vanishing::beside_another_guest(guest(), Loss::CutOff).unwrap();
+    }
+}
+
+#[test]
+fn a_guest_whose_mapped_memory_gives_efault_goes_on_with_zeros_at_once() {
+    if with_kvm() {
+        vanishing::beside_another_guest(guest(), Loss::NoAccess).unwrap();
     }
 }
 

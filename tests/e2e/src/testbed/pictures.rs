@@ -12,7 +12,8 @@ use super::mini_vmm::{Running, TEST_GUEST, start_guest};
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};
 use crate::loopback_file::LoopbackFile;
-use crate::{ensure, picture_file, vanishing};
+use crate::vanishing::{self, Loss};
+use crate::{ensure, picture_file};
 
 pub const TESTS: &[Test] = &[
     Test {
@@ -45,7 +46,11 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "a_guest_whose_mapped_memory_goes_away_goes_on_with_zeros",
-        run: || vanishing::beside_another_guest(Path::new(TEST_GUEST)),
+        run: || vanishing::beside_another_guest(Path::new(TEST_GUEST), Loss::CutOff),
+    },
+    Test {
+        name: "a_guest_whose_mapped_memory_gives_efault_goes_on_with_zeros",
+        run: || vanishing::beside_another_guest(Path::new(TEST_GUEST), Loss::NoAccess),
     },
 ];
 
