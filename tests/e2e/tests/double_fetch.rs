@@ -229,8 +229,9 @@ impl Machine {
             let deadline = Instant::now() + PATIENCE;
             let in_time = || Instant::now() < deadline;
             let mut rounds = 0;
+            let before = self.performed();
             while in_time()
-                && (rounds < least || refused(self) < enough || self.performed() < ENOUGH)
+                && (rounds < least || refused(self) < enough || self.performed() - before < ENOUGH)
             {
                 (0..10).for_each(|_| round(self));
                 rounds += 10;
@@ -239,7 +240,7 @@ impl Machine {
         });
     }
 
-    /// Requests that were answered, all of which but a few at the start are submissions unless they were refused.
+    /// Requests that were answered and not refused: those of the start, and submissions.
     fn performed(&self) -> usize {
         let statistics = self.device.statistics();
         (statistics.completed - statistics.rejected) as usize
