@@ -9,6 +9,9 @@ use crate::demo;
 use crate::programs::{self, FUZZ_VM, TEST_GUEST};
 use crate::say::say;
 
+/// Cases unless there is a number or a time of them.
+const CASES: u32 = 10_000;
+
 /// What to play.
 #[derive(clap::Args)]
 #[command(
@@ -20,9 +23,9 @@ pub struct Arguments {
     /// Decides over every case: the same seed, the same cases
     #[arg(long, value_name = "N", default_value_t = 1)]
     seed: u64,
-    /// How many cases
-    #[arg(long, value_name = "N", default_value_t = 10_000)]
-    cases: u32,
+    /// How many cases [default: 10,000, or as many as there is time for]
+    #[arg(long, value_name = "N")]
+    cases: Option<u32>,
     /// At most so many seconds
     #[arg(long, value_name = "N", default_value_t = 0, hide_default_value = true)]
     seconds: u64,
@@ -64,14 +67,22 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     let parts = doorbells.len() as u32;
     let (first, cases) = match arguments.case {
         Some(case) => (case, 1),
-        None => (arguments.first, arguments.cases.div_ceil(parts)),
+        None => {
+            let default = if arguments.seconds > 0 {
+                u32::MAX
+            } else {
+                CASES
+            };
+            let cases = arguments.cases.unwrap_or(default);
+            (arguments.first, cases.div_ceil(parts))
+        }
     };
     let seconds = arguments.seconds.div_ceil(parts.into());
     for (part, doorbell) in (0..).zip(doorbells) {
         // The two halves are different cases, unless a single one was asked for.
         let first = match arguments.case {
             Some(case) => case,
-            None => first.wrapping_add(part * cases),
+            None => first.wrapping_add(cases.wrapping_mul(part)),
         };
         let progress = guest.path.with_file_name("fuzz-vm-case");
         let mut command = Command::new(&fuzz.path);
