@@ -33,6 +33,8 @@ const TABLE: u64 = 0x2000;
 /// Where requests and responses are put, [`SLOT`] bytes each.
 const SLOTS: u64 = 0x3000;
 const SLOT: u64 = 0x400;
+/// Bytes of all slots.
+const SLOTS_LENGTH: usize = 16 * 0x400;
 /// Bytes of memory that are compared at once.
 const LINE: usize = 64;
 
@@ -129,6 +131,8 @@ fn abuse(mut input: Unstructured<'_>) -> Result<()> {
         snapshots: [(); 2].map(|()| vec![0; usize::try_from(MEMORY).expect("64 bits")]),
     };
     store(0, &guest.snapshots[0]);
+    // No response is made of these bytes: wherever one goes is seen.
+    store(SLOTS, &[0xa5; SLOTS_LENGTH]);
     guest.start();
     let steps: Vec<Step> = input.arbitrary()?;
     if !concurrent {
@@ -142,7 +146,7 @@ fn abuse(mut input: Unstructured<'_>) -> Result<()> {
             .partition(|step| matches!(step, Step::Doorbell { .. } | Step::Reset));
         let over = AtomicBool::new(false);
         std::thread::scope(|scope| {
-            scope.spawn(|| {
+            let writer = scope.spawn(|| {
                 for write in writes.iter().cycle().take(writes.len() * 16) {
                     if over.load(Ordering::Relaxed) {
                         break;
@@ -159,6 +163,8 @@ fn abuse(mut input: Unstructured<'_>) -> Result<()> {
                 guest.device.notify(0);
             }
             over.store(true, Ordering::Relaxed);
+            // The scope waits for its last line only, and what it still holds would look like a leak.
+            writer.join().expect("it only writes");
         });
     }
     guest.device.reset();

@@ -9,6 +9,7 @@ use pvgpu_protocol::family::of_driver;
 use pvgpu_protocol::layout::align;
 use pvgpu_protocol::schema::{Count, Kind};
 use pvgpu_protocol::wire::{IoctlRequest, Operation, RequestHeader};
+use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Mutex;
 use zerocopy::IntoBytes;
@@ -136,11 +137,11 @@ fn requests_of_all_kinds_are_seeds() {
 
 #[test]
 fn no_input_that_is_kept_is_a_finding() {
-    let print = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |panic| {
-        print(panic);
+    std::panic::set_hook(Box::new(|panic| {
         let current = CURRENT.lock().unwrap().take();
-        eprintln!("while replaying {current:?}: see docs/fuzzing.md");
+        // What a test prints is lost when the process ends: this is not.
+        let message = format!("{panic}\nwhile replaying {current:?}: see docs/fuzzing.md\n");
+        let _ = std::io::stderr().write_all(message.as_bytes());
         std::process::abort();
     }));
     for (target, run) in TARGETS {
