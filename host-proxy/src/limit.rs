@@ -4,6 +4,7 @@
 //! values are [`pvgpu_protocol::control::Limits`] and [`crate::device::DeviceConfig::worker_time`]; nothing here knows of
 //! requests.
 
+use crate::clock::thread_ns;
 use pvgpu_protocol::Errno;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
@@ -96,8 +97,15 @@ impl Budget {
         self.account_at(Instant::now()).left > 0
     }
 
-    /// Spends so many nanoseconds, whether they are left or not.
-    pub(crate) fn spend(&self, nanoseconds: u64) {
+    /// Does `work` and spends the processor time that it takes on this thread, whether that is left or not.
+    pub(crate) fn spend_on<T>(&self, work: impl FnOnce() -> T) -> T {
+        let begin = thread_ns();
+        let result = work();
+        self.spend(thread_ns().saturating_sub(begin));
+        result
+    }
+
+    fn spend(&self, nanoseconds: u64) {
         let spent = i64::try_from(nanoseconds).unwrap_or(i64::MAX);
         let mut account = self.account_at(Instant::now());
         account.left = account.left.saturating_sub(spent);

@@ -7,7 +7,6 @@
 use crate::aperture::Aperture;
 use crate::call::{Call, HandleChange, Owned};
 use crate::cancel::Cancel;
-use crate::clock::thread_ns;
 use crate::driver::{HostDriver, HostObject, Mapping};
 use crate::limit::{Budget, Limit};
 use crate::logging::guest_log;
@@ -54,7 +53,7 @@ struct Shared {
     /// Handles of all files, the sum of theirs.
     handles: Arc<AtomicU64>,
     /// What is left of the time of worker threads.
-    worker_time: Budget,
+    worker_time: Arc<Budget>,
 }
 
 #[derive(Default)]
@@ -348,7 +347,7 @@ impl Session {
             counters,
             memory: Arc::default(),
             handles: Arc::default(),
-            worker_time: Budget::new(worker_time),
+            worker_time: Arc::new(Budget::new(worker_time)),
         }))
     }
 
@@ -536,10 +535,11 @@ impl Shared {
             return Ok(Some(operation(&Cancel::new())));
         }
         let (booked, cancel) = self.book(id, self.limits.in_flight)?;
+        let time = Arc::clone(&self.worker_time);
         self.start(|| {
             let complete = complete();
             Box::new(move || {
-                let response = operation(&cancel);
+                let response = time.spend_on(|| operation(&cancel));
                 // The id is free again before the guest can see the response.
                 drop((cancel, booked));
                 complete(response);
@@ -562,20 +562,8 @@ impl Shared {
         Ok((Booked { session, id }, cancel))
     }
 
-    /// Runs a job on a worker thread, whose time it spends.
-    fn start(self: &Arc<Self>, job: impl FnOnce() -> Job) -> Result<(), Errno> {
-        let session = Arc::downgrade(self);
-        let timed = || -> Job {
-            let job = job();
-            Box::new(move || {
-                let begin = thread_ns();
-                job();
-                if let Some(session) = session.upgrade() {
-                    session.worker_time.spend(thread_ns().saturating_sub(begin));
-                }
-            })
-        };
-        self.workers.run(timed).map_err(|_| Errno::EAGAIN)
+    fn start(&self, job: impl FnOnce() -> Job) -> Result<(), Errno> {
+        self.workers.run(job).map_err(|_| Errno::EAGAIN)
     }
 
     /// Refuses what is not within a limit, and counts that.
@@ -613,9 +601,10 @@ impl Shared {
         // Watches leave a quarter to requests: many of them must not keep a guest's calls from waiting.
         let limit = self.limits.in_flight;
         let (booked, cancel) = self.book(id, limit - limit / 4)?;
+        let time = Arc::clone(&self.worker_time);
         self.start(|| {
             Box::new(move || {
-                let events = match poll(None, &cancel) {
+                let events = match time.spend_on(|| poll(None, &cancel)) {
                     Ok(ready) => ready,
                     Err(Errno::EINTR) => 0,
                     Err(_) => u32::from(libc::POLLERR.unsigned_abs()),
