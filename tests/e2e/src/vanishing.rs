@@ -171,7 +171,7 @@ impl HostObject for Open {
 /// How long a guest may take to notice.
 const PATIENCE: Duration = Duration::from_secs(120);
 
-/// Does [`lose_beside_another_guest`]; once more if the check of every second has replaced what was lost before the guest touched it.
+/// Does `lose_beside_another_guest`; once more if the check of every second has replaced what was lost before the guest touched it.
 pub fn beside_another_guest(guest: &Path, loss: Loss) -> Result<(), Box<dyn std::error::Error>> {
     for _ in 0..4 {
         let faults = lose_beside_another_guest(guest, loss)?;
