@@ -69,6 +69,10 @@ pub struct Arguments {
     #[arg(long, value_name = "FOLDER")]
     guest_kernel: Option<PathBuf>,
 
+    /// Processors of L1; with more than one, QEMU's emulation of SVM fails now and then
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
+    processors: u8,
+
     /// End the machine after this many seconds, counted from its start
     #[arg(
         long,
@@ -197,6 +201,10 @@ fn progress(text: std::fmt::Arguments) {
 pub fn run(arguments: &Arguments) -> ExitCode {
     let machine = prepare_with(&arguments.kernel, arguments.guest_kernel.as_deref());
     let code = machine.and_then(|machine| {
+        let machine = Machine {
+            processors: arguments.processors,
+            ..machine
+        };
         if arguments.shell {
             progress(format_args!(
                 "{} in L1; Ctrl-A x ends the machine",
@@ -219,7 +227,7 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     )
 }
 
-/// Everything up to a machine that can be started, with the programs as they are now.
+/// Everything up to a machine with two processors that can be started, with the programs as they are now.
 pub fn prepare() -> Result<Machine, Error> {
     prepare_with(kernel::L1, None)
 }
@@ -266,6 +274,7 @@ fn prepare_with(l1: &str, l2: Option<&Path>) -> Result<Machine, Error> {
         version: kernel.version,
         kernel: kernel.elf,
         initramfs,
+        processors: 2,
         console_log: cache.join("console.log"),
         qemu_log: cache.join("qemu.log"),
     })

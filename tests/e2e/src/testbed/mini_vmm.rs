@@ -43,13 +43,25 @@ impl Ended {
     }
 }
 
+/// The last lines; or all since a guest's kernel began to complain, which says more.
 fn tail(output: &str) -> String {
+    const COMPLAINTS: &[&str] = &[
+        "cut here",
+        "BUG:",
+        "Oops:",
+        "general protection",
+        "traps:",
+        "Kernel panic",
+    ];
     let lines: Vec<&str> = output
         .lines()
         .map(str::trim)
         .filter(|line| !line.is_empty())
         .collect();
-    match lines.split_at(lines.len().saturating_sub(4)).1 {
+    let complains = |line: &&str| COMPLAINTS.iter().any(|words| line.contains(words));
+    let last = lines.len().saturating_sub(4);
+    let first = lines.iter().position(complains).unwrap_or(last).min(last);
+    match lines.split_at(first).1 {
         [] => "it wrote nothing".to_owned(),
         last => format!("it wrote at last `{}`", last.join(" | ")),
     }

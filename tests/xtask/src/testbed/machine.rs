@@ -29,6 +29,8 @@ pub struct Machine {
     pub kernel: PathBuf,
     /// Its initramfs.
     pub initramfs: PathBuf,
+    /// How many processors it has.
+    pub processors: u8,
     /// All that the console wrote in the last run.
     pub console_log: PathBuf,
     /// What QEMU itself said in the last run.
@@ -129,9 +131,8 @@ impl Machine {
             "q35",
             "-m",
             "4G",
-            "-smp",
-            "2",
         ])
+        .args(["-smp", &self.processors.to_string()])
         .args(["-accel", "tcg", "-cpu", "max,+svm,-erms,-fsrm"])
         .args(["-device", "virtio-gpu-gl-pci", "-display", "sdl,gl=on"])
         .args(["-device", "isa-debug-exit,iobase=0xf4,iosize=1"])
