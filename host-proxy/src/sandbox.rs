@@ -1,6 +1,6 @@
 //! The sandbox: which system calls a thread that handles a guest's data may make.
 //!
-//! [`crate::device`], [`crate::worker`] and the host drivers start their threads through a [`Filter`]; a VMM puts its own
+//! [`crate::device`], `worker` and the host drivers start their threads through a [`Filter`]; a VMM puts its own
 //! threads that call the device under one made of [`Device::system_calls`](crate::device::Device::system_calls) and of what
 //! it needs itself. A filter is made of tables ([`Allowed`]): what is in none of them ends the process, with one line on
 //! standard error (`violation`). Nothing here may depend on a guest.

@@ -2,7 +2,7 @@
 //!
 //! It is a [`HostDriver`] like the one for real DRM nodes, with an interface of its own
 //! ([`pvgpu_protocol::family::soft`], `docs/soft-gpu.md`), memory that can be mapped, engines that execute
-//! asynchronously, fences, syncobjs and PRIME. Each session has queues and engines of its own on it ([`Guest`]), which take
+//! asynchronously, fences, syncobjs and PRIME. Each session has queues and engines of its own on it (`Guest`), which take
 //! turns. It must never touch guest memory: it sees copied and validated calls, and its own buffers.
 
 mod buffer;
