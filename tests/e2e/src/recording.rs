@@ -70,6 +70,12 @@ impl Record {
             .unwrap_or_default()
     }
 
+    /// How many calls inspection has seen so far.
+    pub fn seen(&self) -> usize {
+        self.inspect(|inspected| inspected.seen.len())
+            .unwrap_or_default()
+    }
+
     fn inspect<T>(&self, change: impl FnOnce(&mut Inspected) -> T) -> Option<T> {
         let mut inspected = self
             .inspected

@@ -229,21 +229,14 @@ impl Machine {
             let deadline = Instant::now() + PATIENCE;
             let in_time = || Instant::now() < deadline;
             let mut rounds = 0;
-            let before = self.performed();
             while in_time()
-                && (rounds < least || refused(self) < enough || self.performed() - before < ENOUGH)
+                && (rounds < least || refused(self) < enough || self.record.seen() < ENOUGH)
             {
                 (0..10).for_each(|_| round(self));
                 rounds += 10;
             }
             stop.store(true, Ordering::Relaxed);
         });
-    }
-
-    /// Requests that were answered and not refused: those of the start, and submissions.
-    fn performed(&self) -> usize {
-        let statistics = self.device.statistics();
-        (statistics.completed - statistics.rejected) as usize
     }
 
     /// What the driver has seen is what was copied, and there was enough of it. Ends the device.
@@ -518,11 +511,11 @@ fn descriptors_that_change_while_they_are_read_give_a_whole_request_or_none() {
         });
         assert!(refused(&machine) >= ENOUGH, "no race");
         // All is good again: so is the device.
-        let seen = machine.record.inspected().seen.len();
+        let seen = machine.record.seen();
         write(&machine);
         machine.submit(SLOT_OF_THE_RACE);
         machine.wait();
-        assert_eq!(machine.record.inspected().seen.len(), seen + 1);
+        assert_eq!(machine.record.seen(), seen + 1);
         machine.verdict();
     }
 }
@@ -577,7 +570,7 @@ fn a_ring_that_changes_while_it_is_read_gives_whole_requests_and_ends_with_a_res
         assert!(refused(&machine) >= ENOUGH_RINGS, "no race");
         // A worker may still be at what the last session sent; nothing comes after this.
         machine.device.reset();
-        let seen = machine.record.inspected().seen.len();
+        let seen = machine.record.seen();
         machine.activate();
         machine.prepare();
         machine.ioctl(
@@ -589,7 +582,7 @@ fn a_ring_that_changes_while_it_is_read_gives_whole_requests_and_ends_with_a_res
             machine.submit(slot);
             machine.wait();
         }
-        assert_eq!(machine.record.inspected().seen.len(), seen + 3);
+        assert_eq!(machine.record.seen(), seen + 3);
         machine.verdict();
     }
 }
