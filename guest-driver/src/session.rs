@@ -16,7 +16,7 @@ use pvgpu_protocol::layout::Layout;
 use pvgpu_protocol::schema::{Answer, Ioctl};
 use pvgpu_protocol::wire::{
     CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PollRequest,
-    ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest, VERSION, WatchRequest,
+    ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest, WatchRequest,
 };
 use pvgpu_protocol::{Errno, wire};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -107,12 +107,7 @@ impl<'a, C: Channel> Session<'a, C> {
     /// Says hello. `EOPNOTSUPP` when the proxy speaks another version of the protocol, `EPROTO` when it answers
     /// something else than a hello.
     pub fn connect(mut channel: C, guest: &str) -> Result<Self, Errno> {
-        let hello = Hello {
-            version_min: VERSION,
-            version_max: VERSION,
-            features: 0,
-            guest,
-        };
+        let hello = Hello::new(guest);
         let mut record = [0; 128];
         let length = control::encode(&hello, &mut record)?;
         let payload = record.get(..length).ok_or(Errno::E2BIG)?;
@@ -329,7 +324,7 @@ impl<'a, C: Channel> Session<'a, C> {
             reserved: 0.into(),
         };
         let id = self.new_id();
-        let header = header(Operation::Ioctl, file.0, id);
+        let header = RequestHeader::new(Operation::Ioctl, file.0.cast_unsigned(), id);
         let buffer = self.channel.request(&slot);
         let length = write(buffer, &[header.as_bytes(), body.as_bytes()]) + layout.request;
         match self.channel.submit(&slot, length) {
@@ -581,15 +576,6 @@ fn recall<'a, 'b>(
     }
 }
 
-fn header(operation: Operation, object: i32, id: u64) -> RequestHeader {
-    RequestHeader {
-        operation: operation.number().into(),
-        flags: 0.into(),
-        object: object.cast_unsigned().into(),
-        id: id.into(),
-    }
-}
-
 /// Writes the parts one after the other and returns their length; parts that do not fit are left out.
 fn write(mut buffer: &mut [u8], parts: &[&[u8]]) -> usize {
     let mut length = 0;
@@ -612,7 +598,7 @@ fn start<C: Channel, B: IntoBytes + Immutable>(
     payload: &[u8],
     room: usize,
 ) -> Result<Pending, Errno> {
-    let header = header(operation, object, id);
+    let header = RequestHeader::new(operation, object.cast_unsigned(), id);
     let parts = [header.as_bytes(), body.as_bytes(), payload];
     let length = parts.iter().map(|part| part.len()).sum();
     let slot = channel.begin(length, RESPONSE_HEADER + room)?;

@@ -11,19 +11,14 @@ use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::family::soft;
 use pvgpu_protocol::layout::PRESENT;
-use pvgpu_protocol::wire::{IoctlRequest, OpenRequest, Operation, RequestHeader, VERSION, open};
+use pvgpu_protocol::wire::{IoctlRequest, OpenRequest, Operation, RequestHeader, open};
 use zerocopy::IntoBytes;
 
 /// Room for every response here.
 const ROOM: usize = RESPONSE_HEADER + 4096;
 
 fn message(operation: Operation, object: i32, parts: &[&[u8]]) -> Vec<u8> {
-    let header = RequestHeader {
-        operation: operation.number().into(),
-        flags: 0.into(),
-        object: object.cast_unsigned().into(),
-        id: 1.into(),
-    };
+    let header = RequestHeader::new(operation, object.cast_unsigned(), 1);
     [&[header.as_bytes()], parts].concat().concat()
 }
 
@@ -56,12 +51,7 @@ fn perform(session: &Session, request: &[u8]) -> i32 {
 fn connect() -> (Session, i32) {
     let driver = SoftDriver::new(SoftConfig::default()).expect("the embedded GPU");
     let session = Session::new(Arc::new(driver), None, Limits::default());
-    let hello = Hello {
-        version_min: VERSION,
-        version_max: VERSION,
-        features: 0,
-        guest: "bench",
-    };
+    let hello = Hello::new("bench");
     let mut record = [0; 128];
     let length = control::encode(&hello, &mut record).expect("a short record");
     let hello = message(Operation::Hello, 0, &[&record[..length]]);

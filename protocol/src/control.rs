@@ -4,6 +4,7 @@
 //! longer developed, so it appears in this module alone, and golden-bytes tests hold the format.
 
 use crate::Errno;
+use crate::wire::VERSION;
 use bincode::config::{Configuration, Limit, LittleEndian, Varint};
 use serde::{Deserialize, Serialize};
 
@@ -24,6 +25,18 @@ pub struct Hello<'a> {
     pub features: u64,
     /// Who it is, for the host's log: at most 64 characters are kept.
     pub guest: &'a str,
+}
+
+impl<'a> Hello<'a> {
+    /// What a guest of that name says that speaks [`VERSION`] alone.
+    pub const fn new(guest: &'a str) -> Self {
+        Self {
+            version_min: VERSION,
+            version_max: VERSION,
+            features: 0,
+            guest,
+        }
+    }
 }
 
 /// What the host answers.

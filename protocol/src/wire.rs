@@ -124,6 +124,18 @@ pub struct RequestHeader {
     pub id: U64,
 }
 
+impl RequestHeader {
+    /// The header of a request about `object`, zero where it is about none.
+    pub fn new(operation: Operation, object: u32, id: u64) -> Self {
+        Self {
+            operation: operation.number().into(),
+            flags: 0.into(),
+            object: object.into(),
+            id: id.into(),
+        }
+    }
+}
+
 /// The start of every response.
 #[repr(C)]
 #[derive(

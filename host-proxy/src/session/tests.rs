@@ -62,12 +62,7 @@ fn session(driver: impl HostDriver + 'static, limits: Limits) -> Session {
 
 /// Says hello.
 fn greeted(session: Session) -> Session {
-    let hello = Hello {
-        version_min: wire::VERSION,
-        version_max: wire::VERSION,
-        features: 0,
-        guest: "test",
-    };
+    let hello = Hello::new("test");
     let mut record = [0; 64];
     let length = control::encode(&hello, &mut record).unwrap();
     assert_eq!(perform(&session, Operation::Hello, 0, &record[..length]), 0);
@@ -75,12 +70,7 @@ fn greeted(session: Session) -> Session {
 }
 
 fn answer(session: &Session, operation: Operation, object: i32, body: &[u8]) -> Response {
-    let header = RequestHeader {
-        operation: operation.number().into(),
-        flags: 0.into(),
-        object: u32::try_from(object).unwrap().into(),
-        id: 1.into(),
-    };
+    let header = RequestHeader::new(operation, u32::try_from(object).unwrap(), 1);
     let request = [header.as_bytes(), body].concat();
     let answer = session.perform(&request, 4096, || panic!("a request that waits"));
     answer.unwrap()
@@ -226,12 +216,7 @@ impl HostObject for Busy {
 
 /// Polls a file with a timeout and waits for the result.
 fn poll_for_long(session: &Session, file: i32) -> i32 {
-    let header = RequestHeader {
-        operation: Operation::Poll.number().into(),
-        flags: 0.into(),
-        object: u32::try_from(file).unwrap().into(),
-        id: 1.into(),
-    };
+    let header = RequestHeader::new(Operation::Poll, u32::try_from(file).unwrap(), 1);
     let poll = PollRequest {
         events: 1.into(),
         reserved: 0.into(),

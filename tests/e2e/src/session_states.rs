@@ -207,23 +207,13 @@ fn interrupt(driver: &Arc<dyn HostDriver>) -> std::io::Result<()> {
 }
 
 fn message(operation: Operation, object: i32, id: u64, body: &[u8]) -> Vec<u8> {
-    let header = RequestHeader {
-        operation: operation.number().into(),
-        flags: 0.into(),
-        object: object.cast_unsigned().into(),
-        id: id.into(),
-    };
+    let header = RequestHeader::new(operation, object.cast_unsigned(), id);
     [header.as_bytes(), body].concat()
 }
 
 fn hello() -> Vec<u8> {
     use pvgpu_protocol::control::{Hello, encode};
-    let hello = Hello {
-        version_min: 1,
-        version_max: 1,
-        features: 0,
-        guest: "interrupted",
-    };
+    let hello = Hello::new("interrupted");
     let mut record = [0; 64];
     let length = encode(&hello, &mut record).unwrap_or(0);
     message(Operation::Hello, 0, 0, &record[..length])
@@ -364,14 +354,18 @@ impl<C: Channel> Guest<C> {
         Ok(made.handle)
     }
 
-    fn map(&mut self, handle: u32, length: u64) -> Result<(), Errno> {
+    /// Where in the file a buffer is to be mapped.
+    fn map_offset(&mut self, handle: u32) -> Result<u64, Errno> {
         let wanted = GemMmap {
             handle,
             ..Default::default()
         };
-        let offset = self
-            .ioctl(self.file, DRM_IOCTL_SOFT_GEM_MMAP, wanted)?
-            .offset;
+        let wanted = self.ioctl(self.file, DRM_IOCTL_SOFT_GEM_MMAP, wanted)?;
+        Ok(wanted.offset)
+    }
+
+    fn map(&mut self, handle: u32, length: u64) -> Result<(), Errno> {
+        let offset = self.map_offset(handle)?;
         let access = protection::READ | protection::WRITE;
         self.session
             .map(self.file, offset, length, access)
@@ -433,13 +427,7 @@ impl<C: Channel> Guest<C> {
         // A buffer that is mapped and has no handle any more.
         self.ioctl(self.file, GEM_CLOSE, GemClose { handle, pad: 0 })?;
         let handle = self.buffer(4096)?;
-        let wanted = GemMmap {
-            handle,
-            ..Default::default()
-        };
-        let offset = self
-            .ioctl(self.file, DRM_IOCTL_SOFT_GEM_MMAP, wanted)?
-            .offset;
+        let offset = self.map_offset(handle)?;
         let unmapped = self
             .session
             .map(self.file, offset, 4096, protection::READ)?;

@@ -171,12 +171,7 @@ impl Machine {
     /// Makes a request available; its response goes to the slot behind it.
     fn submit(&mut self, operation: Operation, object: u32, body: &[u8]) {
         let id = u64::from(self.submitted);
-        let header = RequestHeader {
-            operation: operation.number().into(),
-            flags: 0.into(),
-            object: object.into(),
-            id: id.into(),
-        };
+        let header = RequestHeader::new(operation, object, id);
         let request = [header.as_bytes(), body].concat();
         let address = BUFFERS + id * SLOT;
         self.memory
@@ -267,12 +262,7 @@ impl Machine {
     }
 
     fn hello(&mut self) {
-        let hello = Hello {
-            version_min: 1,
-            version_max: 1,
-            features: 0,
-            guest: "test",
-        };
+        let hello = Hello::new("test");
         let mut record = [0; 64];
         let length = control::encode(&hello, &mut record).unwrap();
         self.submit(Operation::Hello, 0, &record[..length]);

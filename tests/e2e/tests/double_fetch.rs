@@ -10,8 +10,9 @@ use pvgpu_host_proxy::device::{Device, DeviceConfig, Doorbell, Interrupt};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::family::core::{self, SyncobjCreate};
-use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, OutSyncobj, ResourceCreate, exec};
+use pvgpu_protocol::family::virtio_gpu::{self, Execbuffer, ResourceCreate, exec};
 use pvgpu_protocol::wire::{IoctlRequest, OpenRequest, Operation, RequestHeader};
+use pvgpu_scenarios::submission::{COMMANDS, submission};
 use std::fs;
 use std::mem::offset_of;
 use std::sync::Arc;
@@ -131,12 +132,7 @@ impl Machine {
 
     /// Writes a request into that slot and returns its length.
     fn write_request(&self, slot: u16, operation: Operation, object: u32, rest: &[u8]) -> u64 {
-        let header = RequestHeader {
-            operation: operation.number().into(),
-            flags: 0.into(),
-            object: object.into(),
-            id: u64::from(slot).into(),
-        };
+        let header = RequestHeader::new(operation, object, slot.into());
         let request = [header.as_bytes(), rest].concat();
         let memory = self.memory.memory();
         let place = GuestAddress(request_at(slot));
@@ -150,12 +146,7 @@ impl Machine {
 
     /// The requests that come before any race: slot 0 says hello, 1 opens object 1, 2 and 3 make handles.
     fn prepare(&self) {
-        let hello = Hello {
-            version_min: 1,
-            version_max: 1,
-            features: 0,
-            guest: "test",
-        };
+        let hello = Hello::new("test");
         let mut bytes = [0; 64];
         let length = control::encode(&hello, &mut bytes).unwrap();
         self.write(0, Operation::Hello, 0, &bytes[..length]);
@@ -309,40 +300,7 @@ fn flip(memory: &GuestMemoryAtomic<GuestMemoryMmap>, flips: &[Flip], stop: &Atom
     }
 }
 
-/// Bytes of commands of [`execute`].
-const COMMANDS: usize = 32;
-
-/// A submission with every kind of field: flags, counts, handles, a struct in an array, a choice, opaque bytes.
-fn execute() -> Vec<u8> {
-    let argument = Execbuffer {
-        flags: exec::RING_IDX,
-        size: COMMANDS as u32,
-        command: 1,
-        bo_handles: 1,
-        num_bo_handles: 2,
-        ring_idx: 5,
-        syncobj_stride: 16,
-        num_out_syncobjs: 1,
-        out_syncobjs: 1,
-        ..Default::default()
-    };
-    let handles = [1u32, 1];
-    let point = OutSyncobj {
-        handle: 2,
-        flags: 0,
-        point: 7,
-    };
-    let commands = [0x11u8; COMMANDS];
-    [
-        argument.as_bytes(),
-        &commands,
-        handles.as_bytes(),
-        point.as_bytes(),
-    ]
-    .concat()
-}
-
-/// Words of the request with [`execute`] in that slot.
+/// Words of the request with [`submission`] in that slot.
 fn flips_of_the_request(slot: u16) -> Vec<Flip> {
     let request = request_at(slot);
     let body = request + size_of::<RequestHeader>() as u64;
@@ -401,7 +359,7 @@ fn a_request_that_changes_while_it_is_read_reaches_the_driver_as_it_was_checked(
     for doorbell in [Doorbell::Inline, Doorbell::Worker] {
         let mut machine = Machine::new(doorbell);
         machine.start();
-        machine.ioctl(SLOT_OF_THE_RACE, virtio_gpu::EXECBUFFER, &execute());
+        machine.ioctl(SLOT_OF_THE_RACE, virtio_gpu::EXECBUFFER, &submission());
         let refused = |machine: &Machine| machine.device.statistics().rejected as usize;
         machine.race(
             &flips_of_the_request(SLOT_OF_THE_RACE),
@@ -426,12 +384,12 @@ fn descriptors_that_change_while_they_are_read_give_a_whole_request_or_none() {
     for doorbell in [Doorbell::Inline, Doorbell::Worker] {
         let mut machine = Machine::new(doorbell);
         machine.start();
-        let submission = body(virtio_gpu::EXECBUFFER, &execute());
+        let sent = body(virtio_gpu::EXECBUFFER, &submission());
         let write = |machine: &Machine| {
             let (slot, operation) = (SLOT_OF_THE_RACE, Operation::Ioctl);
-            machine.write_request(slot, operation, 1, &submission)
+            machine.write_request(slot, operation, 1, &sent)
         };
-        machine.ioctl(SLOT_OF_THE_RACE, virtio_gpu::EXECBUFFER, &execute());
+        machine.ioctl(SLOT_OF_THE_RACE, virtio_gpu::EXECBUFFER, &submission());
         let request = request_at(SLOT_OF_THE_RACE);
         let length = write(&machine);
         let [first, second] = [0, 1].map(|part| descriptor_at(2 * SLOT_OF_THE_RACE + part));

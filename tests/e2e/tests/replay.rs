@@ -63,12 +63,7 @@ fn a_recorded_guest_replays_with_the_same_results() {
 fn trace(requests: &[(u64, Operation, u32, &[u8], i32)]) -> Vec<u8> {
     let mut trace = Vec::new();
     for (id, &(time_ns, operation, object, body, result)) in (0u64..).zip(requests) {
-        let header = RequestHeader {
-            operation: operation.number().into(),
-            flags: 0.into(),
-            object: object.into(),
-            id: id.into(),
-        };
+        let header = RequestHeader::new(operation, object, id);
         let record = TraceRecord {
             time_ns,
             duration_ns: 1,
@@ -84,12 +79,7 @@ fn trace(requests: &[(u64, Operation, u32, &[u8], i32)]) -> Vec<u8> {
 }
 
 fn hello() -> Vec<u8> {
-    let hello = Hello {
-        version_min: 1,
-        version_max: 1,
-        features: 0,
-        guest: "test",
-    };
+    let hello = Hello::new("test");
     let mut bytes = [0; 64];
     let length = control::encode(&hello, &mut bytes).unwrap();
     bytes[..length].to_vec()

@@ -642,12 +642,7 @@ fn requests_that_are_no_requests_get_an_errno() {
 fn nothing_works_before_the_hello() {
     let host = HostSession::new(Arc::new(Recording::default()), None, Limits::default());
     let mut channel = Loopback::new(host);
-    let header = RequestHeader {
-        operation: Operation::Open.number().into(),
-        flags: 0.into(),
-        object: 0.into(),
-        id: 1.into(),
-    };
+    let header = RequestHeader::new(Operation::Open, 0, 1);
     let request = [header.as_bytes(), OpenRequest::new_zeroed().as_bytes()].concat();
     let response = channel.raw(&request, 64);
     let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();

@@ -17,7 +17,7 @@ pub mod virtqueue;
 
 use pvgpu_host_proxy::session::{RESPONSE_HEADER, Response};
 use pvgpu_protocol::control::{Hello, encode};
-use pvgpu_protocol::wire::{IoctlRequest, Operation, RequestHeader, ResponseHeader, VERSION};
+use pvgpu_protocol::wire::{IoctlRequest, Operation, RequestHeader, ResponseHeader};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// A target: its name, and what it does with the fuzzer's bytes.
@@ -43,23 +43,13 @@ fn request<B: IntoBytes + Immutable>(
     body: &B,
     payload: &[u8],
 ) -> Vec<u8> {
-    let header = RequestHeader {
-        operation: operation.number().into(),
-        flags: 0.into(),
-        object: object.cast_unsigned().into(),
-        id: id.into(),
-    };
+    let header = RequestHeader::new(operation, object.cast_unsigned(), id);
     [header.as_bytes(), body.as_bytes(), payload].concat()
 }
 
 /// The request that opens a session.
 fn hello() -> Vec<u8> {
-    let hello = Hello {
-        version_min: VERSION,
-        version_max: VERSION,
-        features: 0,
-        guest: "fuzz",
-    };
+    let hello = Hello::new("fuzz");
     let mut record = [0; 32];
     let length = encode(&hello, &mut record).expect("room for a short name");
     request(Operation::Hello, 0, 0, &(), &record[..length])

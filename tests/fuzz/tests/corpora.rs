@@ -62,12 +62,7 @@ fn ioctls() -> Vec<(String, Vec<u8>)> {
                     command: ioctl.command.into(),
                     reserved: 0.into(),
                 };
-                let header = RequestHeader {
-                    operation: Operation::Ioctl.number().into(),
-                    flags: 0.into(),
-                    object: 1.into(),
-                    id: 9.into(),
-                };
+                let header = RequestHeader::new(Operation::Ioctl, 1, 9);
                 let mut input = [&[choice, 0, 16], header.as_bytes(), body.as_bytes()].concat();
                 let start = input.len();
                 input.extend(argument);

@@ -6,6 +6,7 @@
 //! - [`vgem`], [`virtio_gpu`], [`soft`]: a scenario for each host driver. [`virgl`] writes the commands of the second
 //!   one, [`landscape`] with [`outline`] those of the last one.
 //! - [`selftest`]: calls that must fail.
+//! - [`mod@submission`]: one that changes while it is read.
 //! - [`picture`]: what a scenario returns.
 //! - [`mod@bench`]: the registers with which the benchmark measures its floors.
 //!
@@ -24,6 +25,7 @@ pub mod picture;
 pub mod selftest;
 pub mod soft;
 pub mod steps;
+pub mod submission;
 pub mod vgem;
 pub mod virgl;
 pub mod virtio_gpu;

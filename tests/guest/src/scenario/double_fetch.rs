@@ -4,15 +4,15 @@
 
 use alloc::format;
 use alloc::string::String;
-use alloc::vec::Vec;
 use core::mem::offset_of;
 
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::family::core::{SYNCOBJ_CREATE, SyncobjCreate};
 use pvgpu_protocol::family::virtio_gpu::{
-    EXECBUFFER, Execbuffer, OutSyncobj, RESOURCE_CREATE, ResourceCreate, exec,
+    EXECBUFFER, Execbuffer, RESOURCE_CREATE, ResourceCreate, exec,
 };
 use pvgpu_protocol::wire::{IoctlRequest, Operation, RequestHeader};
+use pvgpu_scenarios::submission::{COMMANDS, submission};
 use zerocopy::IntoBytes;
 
 use super::fuzz::arena::{AVAILABLE, Arena, REQUESTS, RESPONSES, TABLES, USED};
@@ -66,12 +66,7 @@ struct Queue<'a> {
 impl Queue<'_> {
     /// Writes a request and its two descriptors.
     fn write(&self, slot: u64, operation: Operation, object: u32, rest: &[u8]) {
-        let header = RequestHeader {
-            operation: operation.number().into(),
-            flags: 0.into(),
-            object: object.into(),
-            id: slot.into(),
-        };
+        let header = RequestHeader::new(operation, object, slot);
         let request = [header.as_bytes(), rest].concat();
         self.arena.write(REQUESTS + slot * SLOT, &request);
         let parts = [
@@ -116,35 +111,6 @@ impl Queue<'_> {
     }
 }
 
-/// A submission with flags, counts, handles, a struct in an array, a choice and opaque bytes.
-fn submission() -> Vec<u8> {
-    let argument = Execbuffer {
-        flags: exec::RING_IDX,
-        size: 32,
-        command: 1,
-        bo_handles: 1,
-        num_bo_handles: 2,
-        ring_idx: 5,
-        syncobj_stride: 16,
-        num_out_syncobjs: 1,
-        out_syncobjs: 1,
-        ..Default::default()
-    };
-    let point = OutSyncobj {
-        handle: 2,
-        flags: 0,
-        point: 7,
-    };
-    let (commands, handles) = ([0x11u8; 32], [1u32, 1]);
-    [
-        argument.as_bytes(),
-        &commands,
-        handles.as_bytes(),
-        point.as_bytes(),
-    ]
-    .concat()
-}
-
 /// Runs the scenario.
 pub fn run(machine: &Machine) -> Result<(), String> {
     let rounds = machine.command_line.number("rounds").unwrap_or(2000);
@@ -157,12 +123,7 @@ pub fn run(machine: &Machine) -> Result<(), String> {
         arena: &arena,
         submitted: 0,
     };
-    let hello = Hello {
-        version_min: 1,
-        version_max: 1,
-        features: 0,
-        guest: "doublefetch",
-    };
+    let hello = Hello::new("doublefetch");
     let mut bytes = [0; 64];
     let length = control::encode(&hello, &mut bytes).map_err(|errno| format!("hello: {errno}"))?;
     queue.write(0, Operation::Hello, 0, &bytes[..length]);
@@ -178,7 +139,7 @@ pub fn run(machine: &Machine) -> Result<(), String> {
     let argument = request + (size_of::<RequestHeader>() + size_of::<IoctlRequest>()) as u64;
     let commands = argument + size_of::<Execbuffer>() as u64;
     let chain = arena.at(TABLES + 2 * SUBMISSION * 16);
-    let length = (commands - request) as u32 + 32 + 8 + 16;
+    let length = (commands - request) as u32 + COMMANDS as u32 + 8 + 16;
     let field = |offset: usize| argument + offset as u64;
     let words = [
         (request, u32::from(Operation::Ioctl.number()), 9),
@@ -189,7 +150,7 @@ pub fn run(machine: &Machine) -> Result<(), String> {
             exec::RING_IDX,
             0x8000_0004,
         ),
-        (field(offset_of!(Execbuffer, size)), 32, 40),
+        (field(offset_of!(Execbuffer, size)), COMMANDS as u32, 40),
         (
             field(offset_of!(Execbuffer, num_bo_handles)),
             2,
@@ -199,7 +160,7 @@ pub fn run(machine: &Machine) -> Result<(), String> {
         (field(offset_of!(Execbuffer, syncobj_stride)), 16, 17),
         (field(offset_of!(Execbuffer, num_out_syncobjs)), 1, 1025),
         (commands, 0x1111_1111, 0x2222_2222),
-        (commands + 32, 1, 2_000_000),
+        (commands + COMMANDS as u64, 1, 2_000_000),
         (commands + 40, 2, 4_000_000),
         (commands + 44, 0, 1),
         // The descriptor's address, length, and flags with next.
