@@ -44,6 +44,18 @@ pub fn unload_module(name: &CStr) -> io::Result<()> {
     check(if result < 0 { -1 } else { 0 })
 }
 
+/// Lets the timer `hpet` (`/dev/hpet`) interrupt the machine `hertz` times a second, until the file is closed. No request is
+/// needed for the next interrupt, nor need anybody read the file (`Documentation/timers/hpet.rst` of Linux).
+pub fn start_periodic_interrupts(hpet: &File, hertz: libc::c_ulong) -> io::Result<()> {
+    /// `HPET_IRQFREQ`, `HPET_EPI`, `HPET_IE_ON` (`linux/hpet.h`); the first takes its argument by value.
+    const REQUESTS: [libc::Ioctl; 3] = [0x4008_6806, 0x6804, 0x6801];
+    for (request, argument) in REQUESTS.into_iter().zip([hertz, 0, 0]) {
+        // SAFETY: the file is open, and the three requests take no pointer.
+        check(unsafe { libc::ioctl(hpet.as_raw_fd(), request, argument) })?;
+    }
+    Ok(())
+}
+
 /// Waits until everything written to the terminal `terminal` has left it.
 pub fn drain_terminal(terminal: BorrowedFd) -> io::Result<()> {
     // SAFETY: the descriptor is open as long as it is borrowed.

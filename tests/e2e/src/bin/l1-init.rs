@@ -1,8 +1,8 @@
-//! `/init` of the testbed's L1: mounts what programs expect, loads the drivers, keeps one KVM VM open, runs a
-//! program of `/bin` (`init run PROGRAM ARGUMENTS`) or a console (`init shell`), and ends the machine with an exit code
+//! `/init` of the testbed's L1: mounts what programs expect, loads the drivers, keeps one KVM VM open and a timer running,
+//! runs a program of `/bin` (`init run PROGRAM ARGUMENTS`) or a console (`init shell`), and ends the machine with an exit code
 //! that `cargo xtask testbed` takes. It is the first process of a machine of its own and good for nothing else.
 
-use std::fs::OpenOptions;
+use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom, Write};
 use std::os::fd::AsFd;
 use std::process::{Command, ExitCode};
@@ -14,6 +14,9 @@ use pvgpu_e2e::{modules, syscall};
 /// `tests/xtask/src/testbed/machine.rs` has the same numbers.
 const EXIT_PORT: u64 = 0xf4;
 const EXIT_CODE_BASE: u8 = 0x10;
+
+/// How often L1 is interrupted at least, in a second.
+const HEARTBEAT: u64 = 50;
 
 /// The commands of the console.
 const BUSYBOX: &str = "/bin/busybox";
@@ -69,6 +72,7 @@ fn start() -> Result<u8, String> {
         .map_err(because(&format!("mount {}", target.to_string_lossy())))?;
     }
     let _keeper = keep_a_vm()?;
+    let _heartbeat = keep_a_heartbeat().map_err(because("start the timer /dev/hpet"))?;
     let mut arguments = std::env::args().skip(1);
     match (arguments.next().as_deref(), arguments.next()) {
         (Some("run"), Some(program)) => code_of(
@@ -93,6 +97,16 @@ fn keep_a_vm() -> Result<(VmFd, VcpuFd), String> {
         Ok((vm, vcpu))
     };
     keep().map_err(|error: kvm_ioctls::Error| format!("cannot create a VM: {error}"))
+}
+
+/// Interrupts that come by themselves as long as the file is open. QEMU's emulation of SVM clears its request bit for virtual
+/// interrupts without a lock at every exit of a guest (`do_vmexit`, before QEMU 10.2), and may undo the request that a timer makes
+/// in the same nanoseconds: that interrupt waits in the local APIC until the next one comes. Linux has one timer, and starts it
+/// anew only when it has rung, so L1 would stand still for good.
+fn keep_a_heartbeat() -> io::Result<File> {
+    let hpet = File::open("/dev/hpet")?;
+    syscall::start_periodic_interrupts(&hpet, HEARTBEAT)?;
+    Ok(hpet)
 }
 
 /// A console for people.
