@@ -7,11 +7,16 @@ use std::process::Command;
 
 use crate::command::{self, CommandError};
 
-/// What the testbed needs beside the Rust toolchain and the C linker that it needs anyway.
+/// The testbed's machine.
+const QEMU: &[&str] = &[
+    "qemu-system-x86",            // the machine
+    "qemu-system-gui",            // its SDL display
+    "qemu-system-modules-opengl", // 3D on that display; part of the others in Debian 12's own version
+];
+
+/// What the testbed needs beside that, the Rust toolchain, and the C linker that it needs anyway.
 pub const TESTBED: &[&str] = &[
-    "qemu-system-x86", // the machine
-    "qemu-system-gui", // its SDL display
-    "xvfb",            // an X server without a screen, for that display
+    "xvfb",            // an X server without a screen, for QEMU's display
     "libgl1",          // OpenGL through ...
     "libglx-mesa0",    // ... GLX ...
     "libgl1-mesa-dri", // ... on the processor (llvmpipe): what virgl renders with
@@ -49,6 +54,14 @@ pub enum PackageError {
         "apt knows no package {0}: add the Debian archive that has it, run `apt-get update` as root, then this command again"
     )]
     Unknown(String),
+    /// A folder of ours cannot be written to.
+    #[error("cannot write to {path}: {source}", path = path.display())]
+    Scratch {
+        /// The folder.
+        path: PathBuf,
+        /// What the system said.
+        source: std::io::Error,
+    },
     /// apt failed.
     #[error(transparent)]
     Command(#[from] CommandError),
@@ -88,6 +101,64 @@ pub fn install_missing(packages: &[&str]) -> Result<(), PackageError> {
         update_lists()?;
         command::capture(&mut apt())?;
     }
+    Ok(())
+}
+
+/// Installs QEMU, if there is none. Debian 12's own (7.2) runs the testbed too, but needs 1.5 times as long, so a newer one of
+/// Debian's backports is taken where this user may install it; the system's list of archives stays as it is. `scratch` is a
+/// folder that is there.
+pub fn install_qemu(scratch: &Path) -> Result<(), PackageError> {
+    if !candidate(QEMU[0])?.starts_with("1:7.") {
+        return install_missing(QEMU);
+    }
+    if is_root() && !installed(QEMU[0]) {
+        match install_from_backports(QEMU, scratch) {
+            Ok(()) => return Ok(()),
+            Err(error) => eprintln!("no QEMU of backports ({error}): installing Debian 12's own"),
+        }
+    }
+    install_missing(&QEMU[..2])
+}
+
+/// Installs packages of Debian 12's backports, which apt is told of for this once. Its package lists are in `scratch`.
+fn install_from_backports(packages: &[&str], scratch: &Path) -> Result<(), PackageError> {
+    const ARCHIVE: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] \
+         http://deb.debian.org/debian bookworm-backports main\n";
+    const SOURCES: &str = "/etc/apt/sources.list";
+    eprintln!(
+        "installing {} of Debian's backports (once)",
+        packages.join(" ")
+    );
+    let lists = scratch.join("apt-lists");
+    let sources = scratch.join("sources.list");
+    let usual = std::fs::read_to_string(SOURCES).unwrap_or_default();
+    std::fs::create_dir_all(lists.join("partial"))
+        .and_then(|()| std::fs::write(&sources, usual + "\n" + ARCHIVE))
+        .map_err(|source| PackageError::Scratch {
+            path: scratch.to_owned(),
+            source,
+        })?;
+    let apt = |arguments: &[&str]| {
+        let mut apt = Command::new("apt-get");
+        apt.env("DEBIAN_FRONTEND", "noninteractive")
+            .arg(format!(
+                "--option=Dir::Etc::SourceList={}",
+                sources.display()
+            ))
+            .arg(format!("--option=Dir::State::Lists={}", lists.display()))
+            // The usual caches are those of the usual lists.
+            .args([
+                "--option=Dir::Cache::pkgcache=",
+                "--option=Dir::Cache::srcpkgcache=",
+            ])
+            .arg("--option=APT::Sandbox::User=root")
+            .args(arguments);
+        command::capture(&mut apt)
+    };
+    apt(&["update", "--quiet"])?;
+    let install = ["install", "--yes", "--no-install-recommends"];
+    let backports = ["--target-release=bookworm-backports"];
+    apt(&[&install[..], &backports, packages].concat())?;
     Ok(())
 }
 

@@ -241,6 +241,7 @@ fn prepare_with(l1: &str, l2: Option<&Path>) -> Result<Machine, Error> {
     let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
     lock.lock().map_err(file_error("lock", &lock_path))?;
 
+    packages::install_qemu(&cache)?;
     packages::install_missing(packages::TESTBED)?;
     let kernel = kernel::fetch(&cache, l1)?;
     let guests = kernel::GUESTS

@@ -62,6 +62,10 @@ pub const TESTS: &[Test] = &[
         name: "gles_killed_fifty_times_in_a_linux_6_1_guest_leaves_nothing_behind_in_the_host",
         run: || killed("6.1"),
     },
+    Test {
+        name: "gles_killed_fifty_times_in_a_linux_6_12_guest_leaves_nothing_behind_in_the_host",
+        run: || killed("6.12"),
+    },
 ];
 
 /// The archive with Mesa and packaged programs.
