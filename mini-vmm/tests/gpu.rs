@@ -32,7 +32,7 @@ fn gpu(aperture: u64, doorbell: Doorbell) -> Gpu {
         date: String::new(),
         description: String::new(),
     };
-    Gpu {
+    Gpu::InProcess {
         driver: Arc::new(Unplugged(identity)),
         aperture,
         device: DeviceConfig {

@@ -161,7 +161,7 @@ pub fn measure(
         .map_err(|error| BenchError::Host("start a thread", error))?;
     let vm = Vm::new(VmConfig {
         cmdline,
-        gpu: Some(Gpu {
+        gpu: Some(Gpu::InProcess {
             driver,
             aperture: APERTURE,
             device: DeviceConfig {
