@@ -77,6 +77,8 @@ fn spawn(
         .arg("--socket")
         .arg(socket)
         .args(options)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
         .stderr(Stdio::piped())
         .spawn()?;
     let stderr = child.stderr.take().expect("a pipe was asked for");

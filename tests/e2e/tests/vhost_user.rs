@@ -10,7 +10,8 @@ use pvgpu_e2e::guest_vm::{self, Run};
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::Gpu;
-use std::sync::{Arc, Mutex};
+use std::sync::Arc;
+use std::sync::mpsc::channel;
 
 /// The GPU of that daemon.
 fn gpu(daemon: &Daemon) -> Gpu {
@@ -51,16 +52,23 @@ fn a_guest_whose_daemon_is_killed_in_the_middle_of_a_picture_hears_of_it_and_doe
     if !with_kvm() {
         return;
     }
-    let daemon = Daemon::start(proxyd(), &[]).unwrap();
+    let mut daemon = Daemon::start(proxyd(), &[]).unwrap();
     let gpu = gpu(&daemon);
-    let daemon = Arc::new(Mutex::new(daemon));
-    let victim = Arc::clone(&daemon);
+    let ((reached, middle), (killed, dead)) = (channel(), channel::<()>());
+    // What is heard is heard on a vCPU's thread, which may kill nobody.
     let line = move |line: &str| {
-        if line.starts_with("step GEM_MMAP") {
-            victim.lock().unwrap().kill().unwrap();
+        if line.starts_with("step GEM_MMAP") && reached.send(()).is_ok() {
+            let _ = dead.recv();
         }
     };
+    let killer = std::thread::spawn(move || {
+        middle.recv().unwrap();
+        drop(middle);
+        daemon.kill().unwrap();
+        drop(killed);
+    });
     let run = guest_vm::run_with(guest(), "scenario=draw", gpu, line).unwrap();
+    killer.join().unwrap();
     assert_eq!(run.outcome.exit_code, 1, "{:?}", run.lines);
     let last = run.lines.last().unwrap();
     assert!(last.starts_with("error:"), "{:?}", run.lines);
