@@ -543,3 +543,126 @@ impl Backend for FrontEnd {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const PAGE: u64 = 4096;
+
+    /// What a daemon asks for, and whether it gets it; an error when the connection ends over it.
+    fn ask(
+        window: &Reservation,
+        request: u32,
+        body: VhostUserMMap,
+        file: bool,
+    ) -> io::Result<bool> {
+        let (ours, mut daemons) = UnixStream::pair().unwrap();
+        let header = [request, VERSION | 8, 40].map(u32::to_ne_bytes).concat();
+        let memory = tempfile::tempfile().unwrap();
+        memory.set_len(16 * PAGE).unwrap();
+        let message = [&header[..], body.as_slice()].concat();
+        match file {
+            true => daemons
+                .send_with_fd(&message[..], memory.as_raw_fd())
+                .unwrap(),
+            false => daemons.write(&message).unwrap(),
+        };
+        assert!(handle(&ours, window)?);
+        let mut reply = [0; 20];
+        daemons.read_exact(&mut reply).unwrap();
+        let [answers, flags, size, status, high] =
+            [0, 4, 8, 12, 16].map(|at| u32::from_ne_bytes(reply[at..at + 4].try_into().unwrap()));
+        assert_eq!((answers, flags, size, high), (request, VERSION | 4, 8, 0));
+        Ok(status == 0)
+    }
+
+    fn map(offset: u64, length: u64) -> VhostUserMMap {
+        VhostUserMMap {
+            shm_offset: offset,
+            len: length,
+            flags: VhostUserMMapFlags::WRITABLE.bits(),
+            ..VhostUserMMap::default()
+        }
+    }
+
+    const MAP: u32 = BackendReq::SHMEM_MAP as u32;
+    const UNMAP: u32 = BackendReq::SHMEM_UNMAP as u32;
+
+    #[test]
+    fn a_daemon_maps_only_free_ranges_of_whole_pages_in_the_region_that_there_is() {
+        let window = Reservation::new(8 * PAGE).unwrap();
+        let asks = |request, body| ask(&window, request, body, request == MAP).unwrap();
+        assert!(asks(MAP, map(2 * PAGE, 2 * PAGE)));
+        for (offset, length) in [
+            (3 * PAGE, PAGE),
+            (PAGE, 2 * PAGE),
+            (0, 8 * PAGE),
+            (7 * PAGE, 2 * PAGE),
+            (8 * PAGE, PAGE),
+            (0, 0),
+            (1, PAGE),
+            (0, 100),
+            (u64::MAX - PAGE + 1, PAGE),
+            (PAGE, u64::MAX),
+        ] {
+            assert!(!asks(MAP, map(offset, length)), "{offset:#x}+{length:#x}");
+        }
+        assert!(!asks(
+            MAP,
+            VhostUserMMap {
+                shmid: 1,
+                ..map(0, PAGE)
+            }
+        ));
+        assert!(!asks(
+            MAP,
+            VhostUserMMap {
+                flags: 0,
+                ..map(0, PAGE)
+            }
+        ));
+        assert!(!asks(
+            MAP,
+            VhostUserMMap {
+                fd_offset: 1,
+                ..map(0, PAGE)
+            }
+        ));
+        assert!(!ask(&window, MAP, map(0, PAGE), false).unwrap());
+        // Only what is mapped can be unmapped, and then be mapped again.
+        for (offset, length) in [(0, PAGE), (2 * PAGE, PAGE), (3 * PAGE, PAGE)] {
+            assert!(!asks(UNMAP, map(offset, length)), "{offset:#x}+{length:#x}");
+        }
+        assert!(asks(UNMAP, map(2 * PAGE, 2 * PAGE)));
+        assert!(asks(MAP, map(PAGE, 2 * PAGE)));
+    }
+
+    #[test]
+    fn a_daemon_that_asks_for_something_else_or_half_is_as_good_as_gone() {
+        let window = Reservation::new(8 * PAGE).unwrap();
+        assert!(ask(&window, 3, map(0, PAGE), false).is_err());
+        assert!(ask(&window, 77, map(0, PAGE), false).is_err());
+        for message in [&[0xff; 12][..], &[0xff; 5]] {
+            let (ours, mut daemons) = UnixStream::pair().unwrap();
+            daemons.write_all(message).unwrap();
+            drop(daemons);
+            assert!(handle(&ours, &window).is_err());
+        }
+        let (ours, daemons) = UnixStream::pair().unwrap();
+        drop(daemons);
+        assert!(!handle(&ours, &window).unwrap());
+    }
+
+    #[test]
+    fn a_daemon_that_is_not_there_is_named_with_the_remedy() {
+        let error = connect(&"/nowhere/socket".into(), true)
+            .map(drop)
+            .unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("start pvgpu-proxyd --socket /nowhere/socket"),
+            "{error}"
+        );
+    }
+}

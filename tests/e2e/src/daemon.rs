@@ -3,6 +3,8 @@
 //! End-to-end tests and benchmarks start it. Dropping it ends the process.
 
 use std::io::{self, BufRead, BufReader};
+use std::os::unix::fs::chown;
+use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
 use std::sync::mpsc::{Receiver, channel};
@@ -10,6 +12,7 @@ use std::time::{Duration, Instant};
 
 /// A running daemon.
 pub struct Daemon {
+    user: Option<u32>,
     program: PathBuf,
     options: Vec<String>,
     folder: tempfile::TempDir,
@@ -21,10 +24,19 @@ pub struct Daemon {
 impl Daemon {
     /// Starts `program` with these options and a socket, and waits until it listens.
     pub fn start(program: &Path, options: &[&str]) -> io::Result<Self> {
+        Self::start_as(None, program, options)
+    }
+
+    /// As [`Daemon::start`], as this user, who has nothing but the socket's folder.
+    pub fn start_as(user: Option<u32>, program: &Path, options: &[&str]) -> io::Result<Self> {
         let folder = tempfile::tempdir()?;
+        if user.is_some() {
+            chown(folder.path(), user, user)?;
+        }
         let options: Vec<_> = options.iter().map(|option| option.to_string()).collect();
-        let (child, lines) = spawn(program, &options, &folder.path().join("socket"))?;
+        let (child, lines) = spawn(user, program, &options, &folder.path().join("socket"))?;
         Ok(Self {
+            user,
             program: program.into(),
             options,
             folder,
@@ -51,7 +63,7 @@ impl Daemon {
 
     /// Starts it once more where it was, after [`Daemon::kill`].
     pub fn restart(&mut self) -> io::Result<()> {
-        (self.child, self.lines) = spawn(&self.program, &self.options, &self.socket())?;
+        (self.child, self.lines) = spawn(self.user, &self.program, &self.options, &self.socket())?;
         Ok(())
     }
 
@@ -69,11 +81,16 @@ impl Drop for Daemon {
 }
 
 fn spawn(
+    user: Option<u32>,
     program: &Path,
     options: &[String],
     socket: &Path,
 ) -> io::Result<(Child, Receiver<String>)> {
-    let mut child = Command::new(program)
+    let mut command = Command::new(program);
+    if let Some(user) = user {
+        command.uid(user).gid(user);
+    }
+    let mut child = command
         .arg("--socket")
         .arg(socket)
         .args(options)
