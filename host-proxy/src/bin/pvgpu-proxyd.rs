@@ -50,6 +50,10 @@ struct Options {
     /// Number of request queues, one for each vCPU at best. The front end must offer one more, for events.
     #[arg(long, value_name = "N", default_value_t = 4, value_parser = clap::value_parser!(u16).range(1..=64))]
     queues: u16,
+    /// How long a queue's thread looks for requests before it sleeps, in microseconds: longer answers sooner and takes more of a
+    /// processor.
+    #[arg(long, value_name = "MICROSECONDS", default_value_t = 100, value_parser = clap::value_parser!(u32).range(..=1_000_000))]
+    poll: u32,
     /// How many seconds a submission may run on the embedded GPU before the GPU is reset.
     #[arg(long, value_name = "SECONDS", default_value_t = SoftConfig::default().watchdog.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
     watchdog: u64,
@@ -176,6 +180,7 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     let mut config = DeviceConfig {
         request_queues: options.queues,
         queue_size: 1024,
+        poll: Duration::from_micros(options.poll.into()),
         sandbox,
         ..DeviceConfig::default()
     };
