@@ -7,7 +7,7 @@
 //! How a VMM uses it (and its logger should be a [`Limited`](crate::logging::Limited) one):
 //!
 //! ```no_run
-//! use pvgpu_host_proxy::aperture::Aperture;
+//! use pvgpu_host_proxy::aperture::{Aperture, Reservation, Window};
 //! use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Doorbell, Interrupt};
 //! use pvgpu_host_proxy::drm::DrmDriver;
 //! use std::sync::Arc;
@@ -35,8 +35,8 @@
 //! ) -> Result<(), Box<dyn std::error::Error>> {
 //!     // The host addresses of the aperture become one memory slot of the VM, and its guest-physical address the
 //!     // device's shared-memory region 0.
-//!     let aperture = Aperture::new(4 << 30)?;
-//!     let (_slot_address, _slot_size) = (aperture.host_address(), aperture.size());
+//!     let window = Arc::new(Reservation::new(4 << 30)?);
+//!     let (_slot_address, _slot_size) = (window.host_address(), window.size());
 //!
 //!     let driver = Arc::new(DrmDriver::new("/dev/dri/renderD128")?);
 //!     let config = DeviceConfig {
@@ -44,7 +44,7 @@
 //!         doorbell: Doorbell::Worker,
 //!         ..DeviceConfig::default()
 //!     };
-//!     let mut device = Device::new(driver, Some(aperture), config)?;
+//!     let mut device = Device::new(driver, Some(Aperture::new(window)), config)?;
 //!
 //!     // The transport identifies the device to the guest ...
 //!     let _ = (DEVICE_ID, device.features(), device.queue_max_sizes());
@@ -63,6 +63,7 @@
 //! ```
 
 use crate::aperture::Aperture;
+use crate::bell::Bell;
 use crate::descriptor::{Malformed, Writable, copy_in};
 use crate::driver::HostDriver;
 use crate::event::EventQueue;
@@ -172,7 +173,7 @@ pub struct Device {
     worker_time: Duration,
     trace: Option<Arc<Trace>>,
     queue_sizes: Vec<u16>,
-    eventfds: Vec<EventFd>,
+    doorbells: Vec<Arc<Bell>>,
     counters: Arc<Counters>,
     off: Arc<AtomicBool>,
     system_calls: Vec<Allowed>,
@@ -184,9 +185,10 @@ pub struct Device {
 struct Active {
     session: Arc<Session>,
     queues: Vec<Arc<RequestQueue>>,
-    /// `None` when the guest has not set it up.
-    events: Option<Arc<EventQueue>>,
+    events: Arc<EventQueue>,
     threads: Vec<JoinHandle<()>>,
+    /// Whether the guest has accepted VIRTIO_F_EVENT_IDX.
+    event_idx: bool,
     closing: Arc<AtomicBool>,
 }
 
@@ -206,10 +208,10 @@ impl Device {
         config: DeviceConfig,
     ) -> io::Result<Self> {
         let queues = usize::from(config.request_queues) + 1;
-        let eventfds = match config.doorbell {
+        let doorbells = match config.doorbell {
             Doorbell::Inline => Vec::new(),
             Doorbell::Worker => (0..config.request_queues)
-                .map(|_| EventFd::new(0))
+                .map(|_| Bell::new().map(Arc::new))
                 .collect::<Result<_, _>>()?,
         };
         let counters = Arc::<Counters>::default();
@@ -235,7 +237,7 @@ impl Device {
             worker_time: config.worker_time,
             trace: trace.map(Arc::new),
             queue_sizes: vec![config.queue_size; queues],
-            eventfds,
+            doorbells,
             counters,
             off: Arc::default(),
             active: None,
@@ -261,9 +263,10 @@ impl Device {
             .for_each(|(to, from)| *to = from);
     }
 
-    /// The aperture, for the VMM to give to the guest.
-    pub fn aperture(&self) -> Option<&Arc<Aperture>> {
-        self.aperture.as_ref()
+    /// Replaces the aperture that the guest's next session is to have; this one ends.
+    pub fn set_aperture(&mut self, aperture: Option<Aperture>) {
+        self.reset();
+        self.aperture = aperture.map(Arc::new);
     }
 
     /// Starts a session on these queues, one for each of [`Device::queue_max_sizes`]. Queues that the guest has not
@@ -296,34 +299,30 @@ impl Device {
             closing: Arc::clone(&closing),
             off: Arc::clone(&self.off),
         };
+        let event_idx = features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
         let mut rings = (0..).zip(queues).map(|(index, mut queue)| {
-            queue.set_event_idx(features & 1 << VIRTIO_RING_F_EVENT_IDX != 0);
+            queue.set_event_idx(event_idx);
             Virtqueue::new(index, queue, shared.clone())
         });
-        let queues = rings
-            .by_ref()
-            .take(self.config.request_queues.get().into())
-            .map(|ring| {
-                Arc::new(RequestQueue {
-                    ring,
-                    buffer: Mutex::default(),
-                    trace: self.trace.clone(),
-                })
+        let requests = self.config.request_queues.get();
+        let queues = rings.by_ref().take(requests.into()).map(|ring| {
+            Arc::new(RequestQueue {
+                ring,
+                buffer: Mutex::default(),
+                trace: self.trace.clone(),
             })
-            .collect();
-        let events = rings
-            .find(Virtqueue::ready)
-            .map(EventQueue::new)
-            .map(Arc::new);
-        let report = events
-            .clone()
-            .map(|events| -> Report { Arc::new(move |event| events.report(event)) });
+        });
+        let queues = queues.collect();
+        let events = rings.next().map(EventQueue::new).map(Arc::new);
+        // There is one more queue than request queues.
+        let events = events.ok_or(ActivateError::Queues(0, self.queue_sizes.len()))?;
+        let report: Report = Arc::clone(&events) as _;
         let session = Session::with_counters(
             Arc::clone(&self.driver),
             self.aperture.clone(),
             self.limits,
             self.worker_time,
-            report,
+            Some(report),
             Arc::clone(&self.counters),
             self.filter.clone(),
         );
@@ -333,27 +332,64 @@ impl Device {
             queues,
             events,
             threads: Vec::new(),
+            event_idx,
             closing,
         });
-        self.start_threads().map_err(|error| {
-            self.reset();
-            error.into()
-        })
+        (0..requests)
+            .try_for_each(|index| self.start_thread(index))
+            .map_err(|error| {
+                self.reset();
+                error.into()
+            })
     }
 
-    /// Starts a thread for each queue that the guest has made ready, if this device has doorbells for them.
-    fn start_threads(&mut self) -> io::Result<()> {
+    /// Starts a queue that was not ready at activation: where a front end starts one after the other. A queue that the device has
+    /// not, or that is ready already, is left alone.
+    pub fn start_queue(&mut self, index: u16, mut queue: Queue) -> Result<(), ActivateError> {
+        let requests = self.config.request_queues.get();
+        let Some(active) = &self.active else {
+            return Ok(());
+        };
+        queue.set_event_idx(active.event_idx);
+        let ring = match active.queues.get(usize::from(index)) {
+            Some(queue) => &queue.ring,
+            None if index == requests => active.events.ring(),
+            None => return Ok(()),
+        };
+        if ring.ready() || !queue.ready() {
+            return Ok(());
+        }
+        if !queue.is_valid(&*ring.memory()) {
+            return Err(ActivateError::Memory(index.into()));
+        }
+        ring.start(queue);
+        if index == requests {
+            active.events.notified();
+            return Ok(());
+        }
+        Ok(self.start_thread(index)?)
+    }
+
+    /// Whether there is a session.
+    pub fn is_active(&self) -> bool {
+        self.active.is_some()
+    }
+
+    /// Starts the thread of a request queue, if this device has a doorbell for it and the guest has made it ready.
+    fn start_thread(&mut self, index: u16) -> io::Result<()> {
+        let index = usize::from(index);
         let Some(active) = &mut self.active else {
             return Ok(());
         };
-        for (queue, eventfd) in active.queues.iter().zip(&self.eventfds) {
-            if !queue.ring.ready() {
-                continue;
-            }
+        let (Some(queue), Some(bell)) = (active.queues.get(index), self.doorbells.get(index))
+        else {
+            return Ok(());
+        };
+        if queue.ring.ready() {
             let (queue, session) = (Arc::clone(queue), Arc::clone(&active.session));
-            let (eventfd, poll) = (eventfd.try_clone()?, self.poll);
-            let name = format!("pvgpu-queue{}", queue.ring.index);
-            let serve = move || queue.serve(&session, &eventfd, poll);
+            let (bell, poll) = (Arc::clone(bell), self.poll);
+            let name = format!("pvgpu-queue{index}");
+            let serve = move || queue.serve(&session, &bell, poll);
             active.threads.push(self.filter.spawn(name, serve)?);
         }
         Ok(())
@@ -369,7 +405,18 @@ impl Device {
     /// What an ioeventfd signals for that queue; `None` when [`Device::notify`] handles its doorbell itself: always for the
     /// event queue, since a guest is asked to ring there only when the device needs a buffer.
     pub fn doorbell(&self, queue: u16) -> Option<&EventFd> {
-        self.eventfds.get(usize::from(queue))
+        self.doorbells
+            .get(usize::from(queue))
+            .map(|bell| bell.eventfd())
+    }
+
+    /// Lets another descriptor ring the doorbell of that queue too, for as long as `watch` is not called again: one that a front end in
+    /// another process has chosen. `None` takes it away. Fails for a file that cannot be waited for.
+    pub fn watch_doorbell(&self, queue: u16, ring: Option<File>) -> io::Result<()> {
+        match self.doorbells.get(usize::from(queue)) {
+            Some(bell) => bell.watch(ring),
+            None => Ok(()),
+        }
     }
 
     /// The guest has rung the doorbell of that queue.
@@ -384,7 +431,7 @@ impl Device {
         match active.queues.get(usize::from(queue)) {
             Some(queue) => queue.drain(&active.session),
             None if queue == self.config.request_queues.get() => {
-                active.events.iter().for_each(|events| events.notified());
+                active.events.notified();
             }
             None => {}
         }
@@ -398,12 +445,17 @@ impl Device {
 
     /// Ends the session: everything that the guest had is closed and unmapped when this returns.
     pub fn reset(&mut self) {
+        self.stop();
+    }
+
+    /// As [`Device::reset`]. Returns how far it has come in the available ring of each queue; of none, if it was not active.
+    pub fn stop(&mut self) -> Vec<u16> {
         let Some(active) = self.active.take() else {
-            return;
+            return Vec::new();
         };
         active.closing.store(true, Ordering::Release);
-        for eventfd in &self.eventfds {
-            let _ = eventfd.write(1);
+        for bell in &self.doorbells {
+            let _ = bell.eventfd().write(1);
         }
         for thread in active.threads {
             if thread.join().is_err() {
@@ -414,6 +466,11 @@ impl Device {
         if let Some(aperture) = &self.aperture {
             aperture.discard();
         }
+        let rings = active.queues.iter().map(|queue| &queue.ring);
+        rings
+            .chain([active.events.ring()])
+            .map(Virtqueue::next_available)
+            .collect()
     }
 
     /// What the device has counted since it was made, and what its session uses now.
@@ -431,7 +488,7 @@ impl Drop for Device {
 
 impl RequestQueue {
     /// The queue's thread: handles requests, polls for more, then sleeps until the doorbell rings.
-    fn serve(self: &Arc<Self>, session: &Session, eventfd: &EventFd, longest: Duration) {
+    fn serve(self: &Arc<Self>, session: &Session, bell: &Bell, longest: Duration) {
         let mut buffer = Vec::new();
         // Polling adapts: as long as requests come while it polls, it goes on; otherwise it polls less.
         let mut poll = longest;
@@ -456,8 +513,7 @@ impl RequestQueue {
             }
             poll = (poll / 2).max(longest / 16);
             if !self.ring.set_notification(true) {
-                // Fails only for a closed descriptor, which this one is not.
-                let _ = eventfd.read();
+                bell.wait();
                 self.ring
                     .counters()
                     .doorbells

@@ -6,7 +6,7 @@
 //! written after the device was reset.
 
 use crate::descriptor::copy_in;
-use crate::session::Pending;
+use crate::session::{Pending, Reporter};
 use crate::virtqueue::Virtqueue;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
@@ -20,6 +20,19 @@ pub(crate) struct EventQueue {
     kept: Mutex<VecDeque<Pending>>,
 }
 
+impl Reporter for EventQueue {
+    fn is_there(&self) -> bool {
+        self.ring.ready()
+    }
+
+    /// Reports an event as soon as there is a buffer for it.
+    fn report(&self, event: Pending) {
+        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
+        kept.push_back(event);
+        self.deliver(&mut kept);
+    }
+}
+
 impl EventQueue {
     /// The guest is asked for doorbells only when an event needs a buffer.
     pub(crate) fn new(ring: Virtqueue) -> Self {
@@ -30,11 +43,8 @@ impl EventQueue {
         }
     }
 
-    /// Reports an event as soon as there is a buffer for it.
-    pub(crate) fn report(&self, event: Pending) {
-        let mut kept = self.kept.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.push_back(event);
-        self.deliver(&mut kept);
+    pub(crate) fn ring(&self) -> &Virtqueue {
+        &self.ring
     }
 
     /// The guest has rung the doorbell: there may be buffers for what is kept.

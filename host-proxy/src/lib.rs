@@ -22,21 +22,32 @@
 )]
 
 pub mod aperture;
+mod bell;
 pub mod call;
 pub mod cancel;
+pub mod choice;
 pub mod clock;
 mod descriptor;
+pub mod descriptors;
 pub mod device;
 pub mod driver;
 pub mod drm;
 mod event;
+#[cfg(feature = "landlock")]
+pub mod files;
 pub mod limit;
 pub mod logging;
+pub mod privacy;
+pub mod rlimit;
 pub mod sandbox;
 pub mod session;
+pub mod setting;
+pub mod size;
 pub mod soft;
 pub mod statistics;
 mod trace;
+#[cfg(feature = "daemon")]
+pub mod vhost_user;
 mod virtqueue;
 mod worker;
 

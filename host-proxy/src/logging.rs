@@ -4,8 +4,8 @@
 //! Libraries below it write some too (`virtio-queue` reports every broken ring as an error): a process that offers the
 //! device should wrap its logger in [`Limited`], as `mini-vmm` does.
 
-use log::{Level, Log, Metadata, Record};
-use std::sync::{Mutex, PoisonError};
+use log::{Level, LevelFilter, Log, Metadata, Record};
+use std::sync::{Mutex, OnceLock, PoisonError};
 use std::time::{Duration, Instant};
 
 /// How long a [`Rate`] counts before it begins anew.
@@ -100,6 +100,41 @@ impl<L: Log> Log for Limited<L> {
 
     fn flush(&self) {
         self.logger.flush();
+    }
+}
+
+/// Prints lines to standard error, after the program's name.
+struct Stderr;
+
+/// The name and the level, once they are known.
+static PROGRAM: OnceLock<(&str, LevelFilter)> = OnceLock::new();
+
+impl Log for Stderr {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        PROGRAM
+            .get()
+            .is_some_and(|(_, level)| metadata.level() <= *level)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        if let Some((name, _)) = PROGRAM.get()
+            && self.enabled(record.metadata())
+        {
+            eprintln!("{name}: {}", record.args());
+        }
+    }
+
+    fn flush(&self) {}
+}
+
+/// A guest can cause some lines, of ours and of libraries: their rate is bounded.
+static LOG: Limited<Stderr> = Limited::new(Stderr, LINES);
+
+/// For programs, once: lines of this level go to standard error, after the program's name, at a bounded rate.
+pub fn to_stderr(program: &'static str, level: LevelFilter) {
+    let _ = PROGRAM.set((program, level));
+    if log::set_logger(&LOG).is_ok() {
+        log::set_max_level(level);
     }
 }
 

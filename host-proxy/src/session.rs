@@ -168,7 +168,25 @@ enum Payload {
 pub type Complete = Box<dyn FnOnce(Response) + Send>;
 
 /// Takes the events of watches, from any thread. It must not wait for the guest.
-pub type Report = Arc<dyn Fn(Pending) + Send + Sync>;
+pub trait Reporter: Send + Sync {
+    /// Whether there is a way to the guest.
+    fn is_there(&self) -> bool;
+    /// Takes an event.
+    fn report(&self, event: Pending);
+}
+
+impl<F: Fn(Pending) + Send + Sync> Reporter for F {
+    fn is_there(&self) -> bool {
+        true
+    }
+
+    fn report(&self, event: Pending) {
+        self(event);
+    }
+}
+
+/// What takes a session's events.
+pub type Report = Arc<dyn Reporter>;
 
 /// The event that ends a watch, before the guest has it. Until this is dropped, the watch's id counts as in use.
 pub struct Pending {
@@ -590,7 +608,8 @@ impl Shared {
 
     /// Gives the events that are there, or sees to it that they are reported.
     fn watch(self: &Arc<Self>, id: u64, object: Object, events: u32) -> Result<i32, Errno> {
-        let report = self.report.clone().ok_or(Errno::EOPNOTSUPP)?;
+        let report = self.report.clone().filter(|report| report.is_there());
+        let report = report.ok_or(Errno::EOPNOTSUPP)?;
         let poll = move |timeout, cancel: &Cancel| {
             guard(|| object.host().poll(events, timeout, cancel)).flatten()
         };
@@ -616,7 +635,7 @@ impl Shared {
                         events: events.into(),
                         reserved: 0.into(),
                     };
-                    report(Pending { event, _id: booked });
+                    report.report(Pending { event, _id: booked });
                 }
             })
         })?;

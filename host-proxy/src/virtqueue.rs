@@ -68,6 +68,17 @@ impl Virtqueue {
         self.lock().ready()
     }
 
+    /// The guest has set it up after all.
+    pub(crate) fn start(&self, queue: Queue) {
+        *self.lock() = queue;
+        self.ignored.store(false, Ordering::Relaxed);
+    }
+
+    /// How far it has come in the available ring.
+    pub(crate) fn next_available(&self) -> u16 {
+        self.lock().next_avail()
+    }
+
     /// Whether the device is being reset.
     pub(crate) fn closing(&self) -> bool {
         self.shared.closing.load(Ordering::Acquire)

@@ -1,15 +1,17 @@
-//! A device that cannot be activated leaves nothing behind. Alone in its process: it changes the limit on descriptors.
+//! A device that cannot be activated leaves nothing behind. Alone in its process: it changes the limit on memory.
 
 #![allow(unsafe_code)]
 
 use pvgpu_host_proxy::device::{ActivateError, Device, DeviceConfig, Doorbell, Interrupt};
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
-use std::fs::{self, File};
-use std::os::fd::AsRawFd;
+use std::fs;
 use std::sync::Arc;
 use std::time::Duration;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+
+/// Request queues of the device.
+const QUEUES: u16 = 64;
 
 struct Nobody;
 
@@ -18,18 +20,18 @@ impl Interrupt for Nobody {
     fn signal_config(&self) {}
 }
 
-/// Lets this process have descriptors below this number only; returns what it was.
-fn limit_descriptors(below: u64) -> u64 {
+/// Lets this process have so many bytes of address space only; returns what it was.
+fn limit_memory(below: u64) -> u64 {
     let mut limit = libc::rlimit {
         rlim_cur: 0,
         rlim_max: 0,
     };
     // SAFETY: `limit` is an rlimit that these calls may write and read.
     unsafe {
-        assert_eq!(libc::getrlimit(libc::RLIMIT_NOFILE, &raw mut limit), 0);
+        assert_eq!(libc::getrlimit(libc::RLIMIT_AS, &raw mut limit), 0);
         let before = limit.rlim_cur;
         limit.rlim_cur = below;
-        assert_eq!(libc::setrlimit(libc::RLIMIT_NOFILE, &raw const limit), 0);
+        assert_eq!(libc::setrlimit(libc::RLIMIT_AS, &raw const limit), 0);
         before
     }
 }
@@ -43,13 +45,13 @@ fn queue_threads() -> usize {
 #[test]
 fn an_activation_that_fails_half_way_leaves_no_thread_behind() {
     let config = DeviceConfig {
-        request_queues: 2,
+        request_queues: QUEUES,
         doorbell: Doorbell::Worker,
         ..DeviceConfig::default()
     };
     let driver = SoftDriver::new(SoftConfig::default()).unwrap();
     let mut device = Device::new(Arc::new(driver), None, config).unwrap();
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
     let queue = |base: u64, ready| {
         let mut queue = Queue::new(16).unwrap();
         queue.set_size(16);
@@ -65,22 +67,20 @@ fn an_activation_that_fails_half_way_leaves_no_thread_behind() {
         queue.set_ready(ready);
         queue
     };
-    let queues = vec![
-        queue(0x1_0000, true),
-        queue(0x2_0000, true),
-        queue(0, false),
-    ];
+    let queues = (0..=QUEUES).map(|index| queue(0x4000 * u64::from(index), index < QUEUES));
+    let queues = queues.collect();
 
-    // One more descriptor: enough for the first queue's thread, not for the second's.
-    let free = File::open("/dev/null").unwrap().as_raw_fd();
-    let before = limit_descriptors(u64::try_from(free).unwrap() + 1);
+    // Room for some more stacks of 2 MiB: enough for the first queues' threads, not for all.
+    let pages = fs::read_to_string("/proc/self/statm").unwrap();
+    let pages: u64 = pages.split(' ').next().unwrap().parse().unwrap();
+    let before = limit_memory(pages * 4096 + (10 << 20));
     let activated = device.activate(
         GuestMemoryAtomic::new(memory),
         1 << 32,
         queues,
         Arc::new(Nobody),
     );
-    limit_descriptors(before);
+    limit_memory(before);
 
     assert!(
         matches!(activated, Err(ActivateError::Thread(_))),

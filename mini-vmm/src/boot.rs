@@ -22,7 +22,8 @@ use linux_loader::loader::{KernelLoader, KernelLoaderResult};
 use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryMmap, GuestMemoryRegion};
 
 use crate::registers::{self, Entry};
-use crate::{layout, mptable, size};
+use crate::{layout, mptable};
+use pvgpu_host_proxy::size;
 
 /// What is to be booted.
 #[derive(Debug, Clone, Copy)]

@@ -7,10 +7,9 @@ use std::path::{Path, PathBuf};
 
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
-use pvgpu_host_proxy::sandbox;
+use pvgpu_host_proxy::{files, sandbox};
 use serde::Serialize;
 
-use crate::files;
 use crate::kvm::{self, CAPABILITIES, Machine};
 
 /// Everything that was found.

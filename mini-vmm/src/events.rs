@@ -8,7 +8,7 @@ use std::os::fd::{AsRawFd, RawFd};
 use std::time::{Duration, Instant};
 
 use event_manager::{EventManager, EventOps, EventSet, Events, MutEventSubscriber, SubscriberOps};
-use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::aperture::Reservation;
 
 use crate::serial::Port;
 use crate::stop::{Ending, Stop};
@@ -26,7 +26,7 @@ pub fn run(
     stop: &Stop,
     port: &Port,
     input: Option<(File, bool)>,
-    aperture: Option<&Aperture>,
+    aperture: Option<&Reservation>,
 ) -> Result<(), event_manager::Error> {
     let mut events: EventManager<Box<dyn MutEventSubscriber>> = EventManager::new()?;
     events.add_subscriber(Box::new(Watch { stop: stop.clone() }));

@@ -4,38 +4,65 @@
 //! it must never look into them.
 
 use std::fmt;
+use std::path::PathBuf;
 use std::sync::Arc;
-use std::sync::atomic::AtomicBool;
+use std::sync::atomic::{AtomicBool, Ordering};
 
-use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::aperture::{Aperture, Reservation, Window};
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Interrupt};
 use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::sandbox::{Allowed, DEVICE, Sandbox, THREAD};
+use pvgpu_host_proxy::size;
+use pvgpu_host_proxy::statistics::Statistics;
 use virtio_queue::Queue;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{self, Attachment};
-use crate::memory::Range;
+use crate::memory::{Ram, Range};
+use crate::vhost_user::{self, FrontEnd, Guest, Link, LinkError};
 use crate::virtio_mmio::{Backend, SharedMemory, VirtioMmio, register};
-use crate::{cpuid, layout, size};
+use crate::{cpuid, layout};
 
 /// The GPU that a machine is to have.
-pub struct Gpu {
-    /// What performs the guest's operations.
-    pub driver: Arc<dyn HostDriver>,
-    /// Size of the aperture in bytes, a multiple of 4096; 0 for none (a guest then cannot map buffer objects).
-    pub aperture: u64,
-    /// Queues, doorbell, limits, trace.
-    pub device: DeviceConfig,
+pub enum Gpu {
+    /// One whose device is in this process.
+    InProcess {
+        /// What performs the guest's operations.
+        driver: Arc<dyn HostDriver>,
+        /// Size of the aperture in bytes, a multiple of 4096; 0 for none (a guest then cannot map buffer objects).
+        aperture: u64,
+        /// Queues, doorbell, limits, trace.
+        device: DeviceConfig,
+    },
+    /// One whose device is a `pvgpu-proxyd`, which knows all the rest.
+    VhostUser {
+        /// The socket that it listens on.
+        socket: PathBuf,
+        /// Whether the guest is to have the aperture that it offers.
+        aperture: bool,
+    },
 }
 
 impl fmt::Debug for Gpu {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.debug_struct("Gpu")
-            .field("driver", self.driver.identity())
-            .field("aperture", &self.aperture)
-            .field("device", &self.device)
-            .finish()
+        match self {
+            Self::InProcess {
+                driver,
+                aperture,
+                device,
+            } => f
+                .debug_struct("InProcess")
+                .field("driver", driver.identity())
+                .field("aperture", aperture)
+                .field("device", device)
+                .finish(),
+            Self::VhostUser { socket, aperture } => f
+                .debug_struct("VhostUser")
+                .field("socket", socket)
+                .field("aperture", aperture)
+                .finish(),
+        }
     }
 }
 
@@ -64,6 +91,92 @@ pub enum GpuError {
     /// The host has no events or threads left.
     #[error("cannot set the GPU up: {0}; check the limit on open files (ulimit -n)")]
     Events(std::io::Error),
+    /// The daemon.
+    #[error(transparent)]
+    Daemon(#[from] LinkError),
+}
+
+/// The device behind the transport.
+pub enum GpuDevice {
+    /// In this process.
+    InProcess(Box<Device>),
+    /// In another one.
+    VhostUser(FrontEnd),
+}
+
+impl GpuDevice {
+    fn backend(&self) -> &dyn Backend {
+        match self {
+            Self::InProcess(device) => &**device,
+            Self::VhostUser(front_end) => front_end,
+        }
+    }
+
+    fn backend_mut(&mut self) -> &mut dyn Backend {
+        match self {
+            Self::InProcess(device) => &mut **device,
+            Self::VhostUser(front_end) => front_end,
+        }
+    }
+
+    /// What the device has counted, if it is in this process.
+    pub fn statistics(&self) -> Option<Statistics> {
+        match self {
+            Self::InProcess(device) => Some(device.statistics()),
+            Self::VhostUser(_) => None,
+        }
+    }
+}
+
+impl Backend for GpuDevice {
+    fn device_id(&self) -> u32 {
+        self.backend().device_id()
+    }
+
+    fn features(&self) -> u64 {
+        self.backend().features()
+    }
+
+    fn queue_max_sizes(&self) -> &[u16] {
+        self.backend().queue_max_sizes()
+    }
+
+    fn read_config(&self, offset: u64, data: &mut [u8]) {
+        self.backend().read_config(offset, data);
+    }
+
+    fn raises_interrupts(&self) -> bool {
+        self.backend().raises_interrupts()
+    }
+
+    fn activate(
+        &mut self,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        features: u64,
+        queues: Vec<Queue>,
+        interrupt: Arc<dyn Interrupt>,
+    ) -> Result<(), String> {
+        self.backend_mut()
+            .activate(memory, features, queues, interrupt)
+    }
+
+    fn notify(&self, queue: u16) {
+        self.backend().notify(queue);
+    }
+
+    fn reset(&mut self) {
+        self.backend_mut().reset();
+    }
+}
+
+impl Guest for VirtioMmio<GpuDevice> {
+    fn device_lost(&self) {
+        self.lose();
+    }
+
+    fn device_found(&self) {
+        self.find();
+    }
 }
 
 impl Backend for Device {
@@ -106,54 +219,112 @@ impl Backend for Device {
 /// The GPU as the machine holds it.
 pub(crate) struct Attached {
     /// The transport with the device behind it.
-    pub transport: Arc<VirtioMmio<Device>>,
+    pub transport: Arc<VirtioMmio<GpuDevice>>,
     /// What goes onto the bus.
     pub attachment: Attachment,
-    /// The aperture's place, if there is one, for its memory slot.
-    pub aperture: Option<Range>,
-    /// Takes the vCPUs back from the device ([`Device::off_switch`]).
-    pub off: Arc<AtomicBool>,
+    /// Where the aperture is in this process, if there is one, for its memory slot.
+    pub aperture: Option<Arc<Reservation>>,
+    /// Takes the vCPUs back from the device.
+    pub off: Off,
+    /// What the device does on the threads that call it.
+    pub system_calls: Vec<Allowed>,
+}
+
+/// Takes the vCPUs back from a device that a guest keeps busy, or that does not answer.
+#[derive(Clone)]
+pub(crate) enum Off {
+    /// [`Device::off_switch`].
+    Device(Arc<AtomicBool>),
+    /// Ends the connection too, and what looks after it.
+    Link(Arc<Link>),
+}
+
+impl Off {
+    /// Does it, for ever.
+    pub(crate) fn switch(&self) {
+        match self {
+            Self::Device(off) => off.store(true, Ordering::Relaxed),
+            Self::Link(link) => link.end(),
+        }
+    }
+}
+
+/// A guest-physical place for a window.
+pub(crate) fn range(window: &Reservation) -> Range {
+    Range {
+        guest: layout::APERTURE_BASE,
+        host: window.host_address(),
+        size: window.size(),
+    }
 }
 
 /// Makes the device and its transport.
 pub(crate) fn attach(
     gpu: Gpu,
-    memory: &GuestMemoryAtomic<GuestMemoryMmap>,
+    ram: &Ram,
+    sandbox: Sandbox,
     supported: &kvm_bindings::CpuId,
 ) -> Result<Attached, GpuError> {
-    let aperture = match gpu.aperture {
-        0 => None,
-        size => Some(reserve(size, cpuid::physical_address_bits(supported))?),
+    let bits = cpuid::physical_address_bits(supported);
+    let window = |size| match size {
+        0 => Ok(None),
+        size => reserve(size, bits).map(Arc::new).map(Some),
     };
-    let range = aperture.as_ref().map(|aperture| Range {
-        guest: layout::APERTURE_BASE,
-        host: aperture.host_address(),
-        size: aperture.size(),
-    });
-    let request_queues = gpu.device.request_queues;
-    let device = Device::new(gpu.driver, aperture, gpu.device).map_err(GpuError::Events)?;
-    let off = device.off_switch();
-    // With a worker behind each queue the kernel itself passes the doorbell on, without an exit to us.
-    let mut doorbells = Vec::new();
-    for queue in 0..request_queues {
-        if let Some(event) = device.doorbell(queue) {
-            let event = event.try_clone().map_err(GpuError::Events)?;
-            doorbells.push(bus::Doorbell {
-                offset: register::QUEUE_NOTIFY,
-                value: Some(queue.into()),
-                event: Arc::new(event),
-            });
-        }
-    }
     let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(GpuError::Events)?);
-    let region = range.map(|range| SharedMemory {
+    let (device, window, doorbells, off, system_calls) = match gpu {
+        Gpu::InProcess {
+            driver,
+            aperture,
+            mut device,
+        } => {
+            device.sandbox = sandbox;
+            let window = window(aperture)?;
+            let aperture = window.clone().map(|window| Aperture::new(window));
+            let queues = device.request_queues;
+            let device = Device::new(driver, aperture, device).map_err(GpuError::Events)?;
+            // With a worker behind each queue the kernel itself passes the doorbell on, without an exit to us.
+            let doorbells: Vec<_> = (0..queues)
+                .filter_map(|queue| device.doorbell(queue))
+                .map(EventFd::try_clone)
+                .collect();
+            let (off, calls) = (device.off_switch(), device.system_calls().to_vec());
+            let device = GpuDevice::InProcess(Box::new(device));
+            (device, window, doorbells, Off::Device(off), calls)
+        }
+        Gpu::VhostUser { socket, aperture } => {
+            let (connection, offer) = vhost_user::connect(&socket, aperture)?;
+            let window = window(offer.aperture)?;
+            let link = Link::new(socket, connection, offer, window.clone());
+            let link = Arc::new(link.map_err(GpuError::Events)?);
+            let shared = ram
+                .shared()
+                .map(|(range, file)| Ok((range, file.try_clone()?)));
+            let shared = shared.collect::<Result<_, _>>().map_err(GpuError::Events)?;
+            let call = event.try_clone().map_err(GpuError::Events)?;
+            let device =
+                FrontEnd::new(Arc::clone(&link), shared, call).map_err(GpuError::Events)?;
+            let doorbells = device.kicks().iter().map(EventFd::try_clone).collect();
+            let device = GpuDevice::VhostUser(device);
+            let calls = [THREAD, DEVICE, vhost_user::CALLS].concat();
+            (device, window, doorbells, Off::Link(link), calls)
+        }
+    };
+    let doorbells = (0..).zip(doorbells).map(|(queue, event)| {
+        Ok(bus::Doorbell {
+            offset: register::QUEUE_NOTIFY,
+            value: Some(queue),
+            event: Arc::new(event.map_err(GpuError::Events)?),
+        })
+    });
+    let doorbells = doorbells.collect::<Result<_, GpuError>>()?;
+    let region = window.as_deref().map(range).map(|range| SharedMemory {
         id: layout::APERTURE_REGION,
         base: range.guest,
         size: range.size,
     });
     let transport = Arc::new(VirtioMmio::new(
         device,
-        memory.clone(),
+        ram.map().clone(),
         region,
         Arc::clone(&event),
     ));
@@ -170,12 +341,13 @@ pub(crate) fn attach(
     Ok(Attached {
         transport,
         attachment,
-        aperture: range,
+        aperture: window,
         off,
+        system_calls,
     })
 }
 
-fn reserve(size: u64, bits: u32) -> Result<Aperture, GpuError> {
+fn reserve(size: u64, bits: u32) -> Result<Reservation, GpuError> {
     if !size.is_multiple_of(4096) {
         return Err(GpuError::ApertureSize(size));
     }
@@ -183,7 +355,7 @@ fn reserve(size: u64, bits: u32) -> Result<Aperture, GpuError> {
     if end.is_none_or(|end| bits < 64 && end > 1 << bits) {
         return Err(GpuError::AddressBits { size, bits });
     }
-    Aperture::new(size).map_err(|error| GpuError::Reserve { size, error })
+    Reservation::new(size).map_err(|error| GpuError::Reserve { size, error })
 }
 
 #[cfg(test)]

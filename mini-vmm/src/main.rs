@@ -7,22 +7,19 @@ use std::io::{self, Write};
 use std::os::fd::AsFd;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::Arc;
 use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use pvgpu_host_proxy::choice::Choice;
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
-use pvgpu_host_proxy::driver::HostDriver;
-use pvgpu_host_proxy::drm::DrmDriver;
-use pvgpu_host_proxy::logging::{LINES, Limited};
 use pvgpu_host_proxy::sandbox::{self, Sandbox};
-use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_host_proxy::setting::Setting;
+use pvgpu_host_proxy::soft::SoftConfig;
 use pvgpu_host_proxy::statistics::Statistics;
-use pvgpu_mini_vmm::limit::Setting;
+use pvgpu_host_proxy::{logging, privacy, rlimit, size};
 use pvgpu_mini_vmm::{
-    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, privacy, rlimit, size,
-    terminal,
+    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, terminal,
 };
 
 /// Exit status of errors of usage and environment.
@@ -75,12 +72,16 @@ struct Run {
     /// Number of vCPUs.
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(pvgpu_mini_vmm::layout::MAX_CPUS)))]
     cpus: u8,
-    /// GPU: 'soft' (embedded in this program), 'drm:NODE' (a node of the host, see 'mini-vmm check') or 'none'.
+    /// GPU: 'soft' (embedded in this program), 'drm:NODE' (a node of the host, see 'mini-vmm check'), 'vhost-user:SOCKET' (a
+    /// pvgpu-proxyd that listens there and knows the GPU, its limits and all else of it) or 'none'.
     #[arg(long, value_name = "GPU", default_value = "soft", value_parser = GpuChoice::parse)]
     gpu: GpuChoice,
-    /// Size of the window in which the guest sees the GPU's memory; 0 for none.
+    /// Size of the window in which the guest sees the GPU's memory; 0 for none. With vhost-user, the daemon knows the size.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     aperture: u64,
+    /// No window in which the guest sees the GPU's memory: the same as --aperture 0.
+    #[arg(long, conflicts_with = "aperture")]
+    no_aperture: bool,
     /// Who handles the GPU's requests: 'inline' the vCPU that makes them (lowest latency of a single one),
     /// 'worker' a thread for each vCPU (highest throughput).
     #[arg(long, value_enum, default_value_t = DoorbellChoice::Worker)]
@@ -116,41 +117,23 @@ struct Run {
 /// A value of `--gpu`.
 #[derive(Debug, Clone, PartialEq, Eq)]
 enum GpuChoice {
-    Soft,
-    Drm(PathBuf),
+    Host(Choice),
+    VhostUser(PathBuf),
     None,
 }
 
 impl GpuChoice {
     fn parse(text: &str) -> Result<Self, String> {
         match text.split_once(':') {
-            Some(("drm", node)) if !node.is_empty() => Ok(Self::Drm(node.into())),
-            None if text == "soft" => Ok(Self::Soft),
-            None if text == "none" => Ok(Self::None),
-            _ => Err("write soft, drm:NODE (such as drm:/dev/dri/renderD128) or none".into()),
-        }
-    }
-
-    /// The host driver, if there is to be a GPU.
-    fn open(
-        &self,
-        watchdog: Duration,
-        sandbox: Sandbox,
-    ) -> Result<Option<Arc<dyn HostDriver>>, String> {
-        Ok(match self {
-            Self::None => None,
-            Self::Drm(node) => Some(Arc::new(
-                DrmDriver::new(node).map_err(|error| error.to_string())?,
-            )),
-            Self::Soft => {
-                let driver = SoftDriver::new(SoftConfig {
-                    watchdog,
-                    sandbox,
-                    ..SoftConfig::default()
-                });
-                Some(Arc::new(driver.map_err(|error| format!("cannot start the embedded GPU: {error}; check the limits on threads and open files (ulimit -u, ulimit -n)"))?))
+            Some(("vhost-user", socket)) if !socket.is_empty() => {
+                Ok(Self::VhostUser(socket.into()))
             }
-        })
+            None if text == "none" => Ok(Self::None),
+            _ => Choice::parse(text).map(Self::Host).ok_or_else(|| {
+                "write soft, drm:NODE (such as drm:/dev/dri/renderD128), vhost-user:SOCKET or none"
+                    .into()
+            }),
+        }
     }
 }
 
@@ -169,6 +152,11 @@ enum SandboxChoice {
 }
 
 impl Run {
+    /// Size of the aperture.
+    fn aperture(&self) -> u64 {
+        if self.no_aperture { 0 } else { self.aperture }
+    }
+
     /// Whether there is to be a sandbox.
     fn sandbox(&self) -> Sandbox {
         match self.sandbox {
@@ -190,7 +178,7 @@ struct Check {
 }
 
 fn main() -> ExitCode {
-    log_to_stderr();
+    logging::to_stderr("mini-vmm", log::LevelFilter::Warn);
     let options = match Options::try_parse() {
         Ok(options) => options,
         Err(error) => return usage(&error),
@@ -239,10 +227,18 @@ fn usage(error: &clap::Error) -> ExitCode {
 
 /// The GPU that the options ask for.
 fn gpu(options: &Run, trace: Option<File>) -> Result<Option<Gpu>, String> {
-    let watchdog = Duration::from_secs(options.watchdog);
-    let Some(driver) = options.gpu.open(watchdog, options.sandbox())? else {
-        return Ok(None);
+    let choice = match &options.gpu {
+        GpuChoice::Host(choice) => choice,
+        GpuChoice::VhostUser(socket) => {
+            return Ok(Some(Gpu::VhostUser {
+                socket: socket.clone(),
+                aperture: options.aperture() != 0,
+            }));
+        }
+        GpuChoice::None => return Ok(None),
     };
+    let watchdog = Duration::from_secs(options.watchdog);
+    let driver = choice.open(watchdog, options.sandbox());
     let mut device = DeviceConfig {
         request_queues: options.cpus.into(),
         doorbell: match options.doorbell {
@@ -256,9 +252,9 @@ fn gpu(options: &Run, trace: Option<File>) -> Result<Option<Gpu>, String> {
     for setting in &options.limit {
         setting.apply(&mut device);
     }
-    Ok(Some(Gpu {
-        driver,
-        aperture: options.aperture,
+    Ok(Some(Gpu::InProcess {
+        driver: driver.map_err(|error| error.to_string())?,
+        aperture: options.aperture(),
         device,
     }))
 }
@@ -268,8 +264,8 @@ fn open_trace(options: &Run) -> Result<Option<File>, String> {
     let Some(path) = &options.trace else {
         return Ok(None);
     };
-    if options.gpu == GpuChoice::None {
-        return Err("--trace records a GPU's requests, but there is no GPU: leave it out or choose another --gpu".into());
+    if !matches!(options.gpu, GpuChoice::Host(_)) {
+        return Err("--trace records requests of a GPU in this process, but there is none: leave it out or choose another --gpu".into());
     }
     let file = File::create(path).map_err(|error| {
         format!(
@@ -319,8 +315,8 @@ fn run(options: Run) -> Result<u8, String> {
     let dump = options.dump.as_deref().map(open_dump).transpose()?;
     let trace = open_trace(&options)?;
     let only_devices = (sandbox == Sandbox::On).then(|| match &options.gpu {
-        GpuChoice::Drm(node) => vec![node.clone()],
-        GpuChoice::Soft | GpuChoice::None => Vec::new(),
+        GpuChoice::Host(choice) => choice.node().map(PathBuf::from).into_iter().collect(),
+        GpuChoice::VhostUser(_) | GpuChoice::None => Vec::new(),
     });
     let config = VmConfig {
         only_devices,
@@ -405,30 +401,4 @@ fn run_check(options: &Check) -> Result<u8, String> {
         print(&report.to_string())?;
     }
     Ok(if report.ok { 0 } else { USAGE })
-}
-
-/// Prints warnings and errors.
-struct Log;
-
-impl log::Log for Log {
-    fn enabled(&self, metadata: &log::Metadata<'_>) -> bool {
-        metadata.level() <= log::Level::Warn
-    }
-
-    fn log(&self, record: &log::Record<'_>) {
-        if self.enabled(record.metadata()) {
-            eprintln!("mini-vmm: {}", record.args());
-        }
-    }
-
-    fn flush(&self) {}
-}
-
-/// A guest can cause some lines, of ours and of libraries: their rate is bounded.
-static LOG: Limited<Log> = Limited::new(Log, LINES);
-
-fn log_to_stderr() {
-    if log::set_logger(&LOG).is_ok() {
-        log::set_max_level(log::LevelFilter::Warn);
-    }
 }

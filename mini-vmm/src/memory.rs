@@ -6,7 +6,9 @@
 
 #![allow(unsafe_code)]
 
+use std::fs::File;
 use std::io;
+use std::os::fd::{AsRawFd, FromRawFd};
 use std::sync::Arc;
 
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap, MmapRegion};
@@ -40,10 +42,10 @@ pub struct Range {
 pub enum MemoryError {
     /// The size cannot be a machine's RAM.
     #[error("{} of memory cannot be given to a guest: choose --memory from {} to {} in steps of 4K",
-        crate::size::display(*.0), crate::size::display(layout::MIN_MEMORY), crate::size::display(max_memory()))]
+        pvgpu_host_proxy::size::display(*.0), pvgpu_host_proxy::size::display(layout::MIN_MEMORY), pvgpu_host_proxy::size::display(max_memory()))]
     Size(u64),
     /// The host refused the mapping.
-    #[error("cannot reserve {} for guest memory ({error}): choose a smaller --memory or free some", crate::size::display(*.size))]
+    #[error("cannot reserve {} for guest memory ({error}): choose a smaller --memory or free some", pvgpu_host_proxy::size::display(*.size))]
     Map {
         /// Bytes asked for.
         size: u64,
@@ -77,6 +79,8 @@ fn ranges(size: u64) -> Vec<(u64, u64)> {
 struct Block {
     guest: u64,
     region: Option<Arc<MmapRegion>>,
+    /// What other processes can map.
+    file: Option<File>,
 }
 
 impl Ram {
@@ -86,6 +90,22 @@ impl Ram {
     ///
     /// See [`MemoryError`].
     pub fn new(size: u64) -> Result<Self, MemoryError> {
+        Self::with(size, |_| Ok(None))
+    }
+
+    /// As [`Ram::new`], in memory that another process can map ([`Ram::shared`]).
+    ///
+    /// # Errors
+    ///
+    /// See [`MemoryError`].
+    pub fn shareable(size: u64) -> Result<Self, MemoryError> {
+        Self::with(size, |size| memfd(size).map(Some))
+    }
+
+    fn with(
+        size: u64,
+        file: impl Fn(u64) -> io::Result<Option<File>>,
+    ) -> Result<Self, MemoryError> {
         if size < layout::MIN_MEMORY || size > max_memory() || !size.is_multiple_of(4096) {
             return Err(MemoryError::Size(size));
         }
@@ -93,11 +113,14 @@ impl Ram {
         let mut regions = Vec::new();
         for (guest, bytes) in ranges(size) {
             let length = usize::try_from(bytes).map_err(|_| MemoryError::Size(size))?;
-            let region = map(length).map_err(|error| MemoryError::Map { size, error })?;
+            let refused = |error| MemoryError::Map { size, error };
+            let file = file(bytes).map_err(refused)?;
+            let region = map(length, file.as_ref()).map_err(refused)?;
             // From here on the block's Drop unmaps the pages, whatever fails below.
             blocks.push(Block {
                 guest,
                 region: Some(Arc::clone(&region)),
+                file,
             });
             let region = GuestRegionMmap::with_arc(region, GuestAddress(guest))
                 .ok_or_else(|| MemoryError::Regions("address overflow".into()))?;
@@ -118,14 +141,13 @@ impl Ram {
 
     /// Every block of RAM, lowest first.
     pub fn ranges(&self) -> impl Iterator<Item = Range> + '_ {
-        self.blocks.iter().filter_map(|block| {
-            let region = block.region.as_ref()?;
-            Some(Range {
-                guest: block.guest,
-                host: region.as_ptr() as u64,
-                size: region.size() as u64,
-            })
-        })
+        self.blocks.iter().filter_map(Block::range)
+    }
+
+    /// Every block of RAM that another process can map, with the file that it can map from its beginning.
+    pub fn shared(&self) -> impl Iterator<Item = (Range, &File)> + '_ {
+        let blocks = self.blocks.iter();
+        blocks.filter_map(|block| block.range().zip(block.file.as_ref()))
     }
 }
 
@@ -139,6 +161,17 @@ impl Drop for Ram {
         );
         drop(map);
         self.blocks.clear();
+    }
+}
+
+impl Block {
+    fn range(&self) -> Option<Range> {
+        let region = self.region.as_ref()?;
+        Some(Range {
+            guest: self.guest,
+            host: region.as_ptr() as u64,
+            size: region.size() as u64,
+        })
     }
 }
 
@@ -161,15 +194,41 @@ impl Drop for Block {
     }
 }
 
-/// Maps `size` bytes of private zeroed memory at an address aligned to huge pages.
-fn map(size: usize) -> io::Result<Arc<MmapRegion>> {
+/// A file of `size` zeros in memory that cannot become shorter, so that nobody who maps it loses its pages.
+fn memfd(size: u64) -> io::Result<File> {
+    // SAFETY: the name is a string with an end; the call touches no other memory.
+    let fd = unsafe {
+        let flags = libc::MFD_CLOEXEC | libc::MFD_ALLOW_SEALING;
+        libc::memfd_create(c"guest-memory".as_ptr(), flags)
+    };
+    if fd < 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: the descriptor is new, and nobody else knows it.
+    let file = unsafe { File::from_raw_fd(fd) };
+    file.set_len(size)?;
+    let seals = libc::F_SEAL_SHRINK | libc::F_SEAL_GROW | libc::F_SEAL_SEAL;
+    // SAFETY: changes attributes of the file, and touches no memory.
+    match unsafe { libc::fcntl(file.as_raw_fd(), libc::F_ADD_SEALS, seals) } {
+        0 => Ok(file),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Maps `size` bytes of zeroed memory at an address aligned to huge pages: private memory, or that of a file.
+fn map(size: usize, file: Option<&File>) -> io::Result<Arc<MmapRegion>> {
     let protection = libc::PROT_READ | libc::PROT_WRITE;
-    let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
+    let (flags, fd) = match file {
+        None => (libc::MAP_PRIVATE | libc::MAP_ANONYMOUS, -1),
+        Some(file) => (libc::MAP_SHARED, file.as_raw_fd()),
+    };
+    let flags = flags | libc::MAP_NORESERVE;
     let room = size
         .checked_add(HUGE_PAGE)
         .ok_or(io::ErrorKind::OutOfMemory)?;
+    let reserve = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
     // SAFETY: an anonymous mapping at an address of the kernel's choice replaces nothing.
-    let start = unsafe { libc::mmap(std::ptr::null_mut(), room, protection, flags, -1, 0) };
+    let start = unsafe { libc::mmap(std::ptr::null_mut(), room, libc::PROT_NONE, reserve, -1, 0) };
     if start == libc::MAP_FAILED {
         return Err(io::Error::last_os_error());
     }
@@ -185,6 +244,12 @@ fn map(size: usize) -> io::Result<Arc<MmapRegion>> {
         let address = start.add(head);
         if tail != 0 {
             libc::munmap(address.add(size), tail);
+        }
+        if libc::mmap(address, size, protection, flags | libc::MAP_FIXED, fd, 0) == libc::MAP_FAILED
+        {
+            let error = io::Error::last_os_error();
+            libc::munmap(address, size);
+            return Err(error);
         }
         // Advice only: without transparent huge pages the guest is slower and nothing else.
         libc::madvise(address, size, libc::MADV_HUGEPAGE);

@@ -28,6 +28,23 @@ pub static VCPU: &[Allowed] = &[
     Allowed::any(libc::SYS_lseek, DUMP),
 ];
 
+const DAEMON: &str = "looks for the GPU's daemon when it is gone";
+
+/// What the thread does on top that looks after a GPU in another process.
+pub static LINK: &[Allowed] = &[
+    Allowed::equal(libc::SYS_socket, 0, libc::AF_UNIX.cast_unsigned(), DAEMON),
+    Allowed::equal(
+        libc::SYS_socketpair,
+        0,
+        libc::AF_UNIX.cast_unsigned(),
+        DAEMON,
+    ),
+    Allowed::any(libc::SYS_connect, DAEMON),
+    Allowed::any(libc::SYS_setsockopt, DAEMON),
+    Allowed::any(libc::SYS_recvfrom, "requests of the GPU's daemon"),
+    Allowed::any(libc::SYS_sendto, "answers to them"),
+];
+
 const EVENTS: &str = "waits for the end of the machine and for the console's input";
 const TERMINAL: &str = "gives the terminal its settings back";
 
@@ -55,6 +72,8 @@ pub(crate) struct Filters {
     pub vcpu: Filter,
     /// Of the threads around it.
     pub monitor: Filter,
+    /// Of the one that looks after a GPU in another process.
+    pub link: Filter,
 }
 
 impl Filters {
@@ -64,6 +83,7 @@ impl Filters {
             // What a vCPU does most stands first.
             vcpu: Filter::new(sandbox, VCPU.iter().chain(devices))?,
             monitor: Filter::new(sandbox, MONITOR.iter().chain(devices))?,
+            link: Filter::new(sandbox, LINK.iter().chain(MONITOR).chain(devices))?,
         })
     }
 }

@@ -15,7 +15,7 @@ use kvm_bindings::{
     kvm_run,
 };
 use kvm_ioctls::{KvmRunWrapper, VcpuExit, VcpuFd};
-use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::aperture::Reservation;
 use serde::Serialize;
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
@@ -146,7 +146,7 @@ pub struct Surroundings {
     /// RAM, only to show the instruction at which a guest failed.
     pub memory: GuestMemoryAtomic<GuestMemoryMmap>,
     /// The GPU's aperture, whose memory can get lost.
-    pub aperture: Option<Arc<Aperture>>,
+    pub aperture: Option<Arc<Reservation>>,
     /// The machine's switch.
     pub stop: Stop,
     /// Whether the guest was told to reset by a triple fault (`reboot=t`).

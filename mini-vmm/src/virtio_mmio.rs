@@ -85,6 +85,10 @@ pub trait Backend: Send + Sync {
     fn queue_max_sizes(&self) -> &[u16];
     /// Reads configuration space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
+    /// Whether it signals the interrupt line itself, past this transport: then any interrupt may be one of its queues.
+    fn raises_interrupts(&self) -> bool {
+        false
+    }
     /// Starts work on the queues that are ready; the error says why it cannot.
     fn activate(
         &mut self,
@@ -163,6 +167,8 @@ pub struct VirtioMmio<D> {
     registers: Mutex<Registers>,
     /// Whether the device works on queues: read without a lock on every notification.
     active: AtomicBool,
+    /// [`Backend::raises_interrupts`].
+    raises_interrupts: bool,
     line: Arc<Line>,
     memory: GuestMemoryAtomic<GuestMemoryMmap>,
     shared_memory: Option<SharedMemory>,
@@ -196,6 +202,7 @@ impl<D: Backend> VirtioMmio<D> {
     ) -> Self {
         let registers = Registers::new(device.queue_max_sizes().len());
         Self {
+            raises_interrupts: device.raises_interrupts(),
             device: RwLock::new(device),
             registers: Mutex::new(registers),
             active: AtomicBool::new(false),
@@ -225,6 +232,22 @@ impl<D: Backend> VirtioMmio<D> {
         self.reset_registers(&mut self.registers());
     }
 
+    /// The device is gone: it needs a reset, and the driver hears of that.
+    pub fn lose(&self) {
+        let mut registers = self.registers();
+        self.active.store(false, Ordering::SeqCst);
+        if registers.status & DRIVER_OK != 0 {
+            registers.status |= NEEDS_RESET;
+            self.line.signal_config();
+        }
+    }
+
+    /// The device that was gone is there again: a driver that waits for that, or has tried before, can reset it now.
+    pub fn find(&self) {
+        // Without a lock: a vCPU may hold it that waits for the device.
+        self.line.signal_config();
+    }
+
     fn device_mut(&self) -> RwLockWriteGuard<'_, D> {
         self.device.write().unwrap_or_else(PoisonError::into_inner)
     }
@@ -245,7 +268,9 @@ impl<D: Backend> VirtioMmio<D> {
     fn read_register(&self, offset: u64) -> u32 {
         if offset == register::INTERRUPT_STATUS {
             // Read in every interrupt: without the lock.
-            return self.line.causes.load(Ordering::SeqCst);
+            let unknown = self.raises_interrupts && self.active.load(Ordering::SeqCst);
+            let queue = if unknown { INTERRUPT_QUEUE } else { 0 };
+            return self.line.causes.load(Ordering::SeqCst) | queue;
         }
         let registers = self.registers();
         let region = self

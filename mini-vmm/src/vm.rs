@@ -9,12 +9,12 @@
 use std::fs::File;
 use std::io;
 use std::path::PathBuf;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
-use pvgpu_host_proxy::device::Device;
+use pvgpu_host_proxy::files;
 use pvgpu_host_proxy::sandbox::{DEVICE, Filter, Sandbox, SandboxError, THREAD};
+use pvgpu_host_proxy::size;
 use pvgpu_host_proxy::statistics::Statistics;
 use serde::Serialize;
 use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
@@ -22,7 +22,7 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use crate::boot::{self, BootError};
 use crate::bus::{Attachment, Bus, Overlap};
 use crate::debug::{Debug, DumpTarget};
-use crate::gpu::{self, Gpu, GpuError};
+use crate::gpu::{self, Gpu, GpuDevice, GpuError, Off};
 use crate::kvm::{self, KvmError, Machine};
 use crate::memory::{MemoryError, Ram};
 use crate::ports::Ports;
@@ -31,7 +31,7 @@ use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
 use crate::virtio_mmio::VirtioMmio;
-use crate::{events, files, layout, size};
+use crate::{events, layout};
 
 /// A machine that does not exist yet. [`VmConfig::new`] gives a modest one; change its fields.
 #[derive(Debug)]
@@ -156,8 +156,8 @@ pub struct Vm {
     machine: Machine,
     around: Surroundings,
     debug: Arc<Debug>,
-    transport: Option<Arc<VirtioMmio<Device>>>,
-    gpu_off: Option<Arc<AtomicBool>>,
+    transport: Option<Arc<VirtioMmio<GpuDevice>>>,
+    gpu_off: Option<Off>,
     port: Port,
     input: Option<(File, bool)>,
     filters: Filters,
@@ -184,7 +184,10 @@ impl Vm {
             return Err(VmError::Cpus(config.cpus));
         }
         // What needs no KVM comes first, so that a wrong file is named even where KVM is missing.
-        let ram = Ram::new(config.memory)?;
+        let ram = match config.gpu {
+            Some(Gpu::VhostUser { .. }) => Ram::shareable(config.memory)?,
+            _ => Ram::new(config.memory)?,
+        };
         let entry = boot::load(
             &ram.map().memory(),
             boot::Request {
@@ -229,18 +232,18 @@ impl Vm {
         let mut gpu_off = None;
         let mut aperture = None;
         let mut system_calls = [THREAD, DEVICE].concat();
-        if let Some(mut gpu) = config.gpu {
-            gpu.device.sandbox = config.sandbox;
-            let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
-            if let Some(range) = attached.aperture {
-                // SAFETY: the device keeps the aperture mapped, whatever it maps inside, for as long as
-                // it lives; it is on the bus that every vCPU holds while it runs, and no Rust reference
-                // ever points into the aperture.
+        if let Some(gpu) = config.gpu {
+            let supported = machine.supported_cpuid();
+            let attached = gpu::attach(gpu, &ram, config.sandbox, supported)?;
+            aperture = attached.aperture;
+            if let Some(range) = aperture.as_deref().map(gpu::range) {
+                // SAFETY: the reservation stays mapped, whatever is mapped inside, for as long as it lives;
+                // it is part of the surroundings that every vCPU holds while it runs, and no Rust
+                // reference ever points into it.
                 unsafe { machine.add_memory(layout::slot::APERTURE, range)? };
             }
             bus.attach(attached.attachment)?;
-            aperture = attached.transport.device().aperture().cloned();
-            system_calls = attached.transport.device().system_calls().to_vec();
+            system_calls = attached.system_calls;
             transport = Some(attached.transport);
             gpu_off = Some(attached.off);
         }
@@ -345,6 +348,7 @@ impl Vm {
         } = self;
         let exits: Vec<_> = vcpus.iter().map(|(vcpu, _)| vcpu.exits()).collect();
         let mut running: Vec<(JoinHandle<()>, Kick)> = Vec::new();
+        let mut link_thread = None;
         let mut result = Ok(());
         for (index, (vcpu, kick)) in vcpus.into_iter().enumerate() {
             let surroundings = around.clone();
@@ -356,6 +360,19 @@ impl Vm {
                     result = Err(VmError::host("a thread")(error));
                     around.stop.end(Ending::Stopped { signal: None });
                     break;
+                }
+            }
+        }
+        if let (Some(Off::Link(link)), Some(transport)) = (&gpu_off, &transport)
+            && result.is_ok()
+        {
+            let (link, transport) = (Arc::clone(link), Arc::clone(transport));
+            let look_after = move || link.run(&*transport);
+            match filters.link.spawn("pvgpu-link".into(), look_after) {
+                Ok(thread) => link_thread = Some(thread),
+                Err(error) => {
+                    result = Err(VmError::host("a thread")(error));
+                    around.stop.end(Ending::Stopped { signal: None });
                 }
             }
         }
@@ -374,14 +391,18 @@ impl Vm {
             });
         }
         // A vCPU may be in the device, whose doorbell a guest can keep busy for ever.
-        if let Some(off) = gpu_off {
-            off.store(true, Ordering::Relaxed);
+        if let Some(off) = &gpu_off {
+            off.switch();
         }
         for (thread, kick) in &mut running {
             kick.kick(thread);
         }
         let mut panic = None;
-        for (thread, _) in running {
+        for thread in running
+            .into_iter()
+            .map(|(thread, _)| thread)
+            .chain(link_thread)
+        {
             if let Err(payload) = thread.join() {
                 panic = Some(payload);
             }
@@ -398,7 +419,7 @@ impl Vm {
             .unwrap_or(Ending::Stopped { signal: None });
         // Counted before the end of the session, which takes its counters with it.
         let doorbell_exits = transport.as_ref().map_or(0, |t| t.notifications());
-        let gpu = transport.as_ref().map(|t| t.device().statistics());
+        let gpu = transport.as_ref().and_then(|t| t.device().statistics());
         drop((machine, around, debug, port, transport));
         drop(ram);
         Ok(Outcome {
@@ -415,7 +436,7 @@ impl Vm {
 /// What a machine counts while it runs. Its machine may end; then the GPU's counters are gone.
 pub struct Counters {
     exits: Vec<Arc<ExitCounters>>,
-    transport: Option<Weak<VirtioMmio<Device>>>,
+    transport: Option<Weak<VirtioMmio<GpuDevice>>>,
 }
 
 impl Counters {
@@ -427,7 +448,7 @@ impl Counters {
     /// What the GPU has counted so far; none if there is no GPU any more.
     pub fn gpu(&self) -> Option<Statistics> {
         let transport = self.transport.as_ref()?.upgrade()?;
-        Some(transport.device().statistics())
+        transport.device().statistics()
     }
 }
 

@@ -32,7 +32,7 @@ fn gpu(aperture: u64, doorbell: Doorbell) -> Gpu {
         date: String::new(),
         description: String::new(),
     };
-    Gpu {
+    Gpu::InProcess {
         driver: Arc::new(Unplugged(identity)),
         aperture,
         device: DeviceConfig {
@@ -89,7 +89,10 @@ fn a_guest_finds_the_gpu_and_its_aperture() {
 /// The first word of configuration space, by the device's own account.
 fn pvgpu_host_proxy_magic() -> u32 {
     let gpu = gpu(0, Doorbell::Inline);
-    let device = pvgpu_host_proxy::device::Device::new(gpu.driver, None, gpu.device).unwrap();
+    let Gpu::InProcess { driver, device, .. } = gpu else {
+        panic!("{gpu:?}");
+    };
+    let device = pvgpu_host_proxy::device::Device::new(driver, None, device).unwrap();
     let mut word = [0; 4];
     device.read_config(0, &mut word);
     assert_ne!(word, [0; 4]);

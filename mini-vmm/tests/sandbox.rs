@@ -14,8 +14,9 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kernels::{TempFile, with_kvm};
+use pvgpu_host_proxy::files;
 use pvgpu_host_proxy::sandbox::{Filter, Sandbox, THREAD};
-use pvgpu_mini_vmm::{Console, Vm, VmConfig, files, sandbox};
+use pvgpu_mini_vmm::{Console, Vm, VmConfig, sandbox};
 
 /// A user that owns nothing (Debian's `nobody`).
 const NOBODY: u32 = 65534;

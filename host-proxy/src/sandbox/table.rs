@@ -92,6 +92,7 @@ pub static THREAD: &[Allowed] = &[
 /// What the threads of a device do whatever its host driver is: doorbells, mappings, the end of what a guest had.
 pub static DEVICE: &[Allowed] = &[
     Allowed::any(libc::SYS_read, "doorbells"),
+    Allowed::any(libc::SYS_epoll_wait, "doorbells"),
     Allowed::equal(
         libc::SYS_fcntl,
         1,

@@ -286,7 +286,7 @@ impl Drop for Panicking {
 
 #[test]
 fn a_host_driver_that_panics_fails_that_request_and_leaves_nothing_booked() {
-    let aperture = Arc::new(Aperture::new(1 << 20).unwrap());
+    let aperture = Arc::new(Aperture::reserve(1 << 20).unwrap());
     let driver = Arc::new(Bad::new(|| Arc::new(Panicking)));
     let session = greeted(Session::new(driver, Some(aperture), Limits::default()));
     let file = open(&session);

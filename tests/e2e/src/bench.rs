@@ -197,11 +197,23 @@ pub fn runs(driver: &str) -> Vec<(Run, Vec<Row>)> {
         );
         inline.push(native);
     }
+    let process = polled
+        .iter()
+        .filter(|row| [ROUND_TRIPS, PIPELINE, BANDWIDTH].contains(&row.group));
+    let process = process.cloned().map(|row| Row {
+        title: match row.title.strip_suffix(", polled on both sides") {
+            Some(title) => format!("{title}, polled, in another process"),
+            None => format!("{}, from another process", row.title),
+        },
+        ..row
+    });
+    let process = process.collect();
     let run = |name, proxy| Run { name, proxy };
     vec![
         (run("inline", Proxy::Inline), inline),
         (run("worker", Proxy::Asleep), asleep),
         (run("polled", Proxy::Polling), polled),
+        (run("process", Proxy::Process), process),
     ]
 }
 

@@ -64,7 +64,7 @@ impl DeviceHost {
             request_queues: 1,
             ..config
         };
-        let device = Device::new(driver, Some(Aperture::new(APERTURE)?), config)?;
+        let device = Device::new(driver, Some(Aperture::reserve(APERTURE)?), config)?;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]);
         let memory = GuestMemoryAtomic::new(memory.map_err(io::Error::other)?);
         Ok(Self { device, memory })

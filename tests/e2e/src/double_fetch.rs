@@ -37,7 +37,7 @@ pub fn race(guest: &Path, doorbell: Doorbell, rounds: u32) -> Result<Tally, Fail
     let vm = Vm::new(VmConfig {
         cmdline: format!("scenario=doublefetch rounds={rounds}"),
         cpus: 2,
-        gpu: Some(Gpu {
+        gpu: Some(Gpu::InProcess {
             driver,
             aperture: 0,
             device: DeviceConfig {

@@ -34,8 +34,18 @@ pub fn run(
     doorbell: Doorbell,
     line: impl FnMut(&str) + Send + 'static,
 ) -> Result<Run, VmError> {
+    run_with(guest, command_line, in_process(driver, doorbell), line)
+}
+
+/// As [`run`], with any GPU.
+pub fn run_with(
+    guest: &Path,
+    command_line: &str,
+    gpu: Gpu,
+    line: impl FnMut(&str) + Send + 'static,
+) -> Result<Run, VmError> {
     let lines = Lines::new(line);
-    let config = config(guest, command_line, driver, doorbell, lines.clone());
+    let config = config(guest, command_line, gpu, lines.clone());
     let mut outcome = Vm::new(config)?.run()?;
     let spoken = std::mem::take(&mut lines.lock().lines);
     let picture = outcome.dump.take().and_then(|rgba| {
@@ -54,24 +64,23 @@ pub fn run(
     })
 }
 
-/// The machine that [`run`] boots, for those who want to stop it.
-pub fn config(
-    guest: &Path,
-    command_line: &str,
-    driver: Arc<dyn HostDriver>,
-    doorbell: Doorbell,
-    lines: Lines,
-) -> VmConfig {
-    let mut config = VmConfig::new(guest);
-    config.cmdline = command_line.into();
-    config.gpu = Some(Gpu {
+/// A GPU of this process with room for the buffers of every scenario.
+pub fn in_process(driver: Arc<dyn HostDriver>, doorbell: Doorbell) -> Gpu {
+    Gpu::InProcess {
         driver,
         aperture: APERTURE,
         device: DeviceConfig {
             doorbell,
             ..DeviceConfig::default()
         },
-    });
+    }
+}
+
+/// The machine that [`run_with`] boots, for those who want to stop it.
+pub fn config(guest: &Path, command_line: &str, gpu: Gpu, lines: Lines) -> VmConfig {
+    let mut config = VmConfig::new(guest);
+    config.cmdline = command_line.into();
+    config.gpu = Some(gpu);
     config.console = Console::output(lines);
     config.dump = Some(DumpTarget::Memory);
     config

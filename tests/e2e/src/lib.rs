@@ -4,6 +4,7 @@
 pub mod bench;
 pub mod conformance;
 pub mod constants;
+pub mod daemon;
 pub mod debug_device;
 pub mod descriptors;
 pub mod device_channel;

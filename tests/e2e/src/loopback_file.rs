@@ -11,7 +11,7 @@ use pvgpu_guest_driver::channel::Channel;
 use pvgpu_guest_driver::flat::Flat;
 use pvgpu_guest_driver::session::{Mapping, ObjectId, Session};
 use pvgpu_host_proxy::Limits;
-use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::aperture::{Aperture, Reservation};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::wire::{open, protection};
@@ -26,7 +26,7 @@ const APERTURE: u64 = 256 << 20;
 /// What the files of one guest share.
 struct Guest {
     session: RefCell<Session<'static, Loopback>>,
-    aperture: Arc<Aperture>,
+    reservation: Arc<Reservation>,
 }
 
 /// An open file.
@@ -38,12 +38,13 @@ pub struct LoopbackFile {
 impl LoopbackFile {
     /// A new guest of that host driver, with one file.
     pub fn open(driver: Arc<dyn HostDriver>) -> io::Result<Self> {
-        let aperture = Arc::new(Aperture::new(APERTURE)?);
-        let channel = Loopback::watching(driver, Some(Arc::clone(&aperture)), Limits::default());
+        let reservation = Arc::new(Reservation::new(APERTURE)?);
+        let aperture = Arc::new(Aperture::new(Arc::clone(&reservation) as _));
+        let channel = Loopback::watching(driver, Some(aperture), Limits::default());
         let session = Session::connect(channel, "loopback").map_err(io::Error::other)?;
         let guest = Rc::new(Guest {
             session: RefCell::new(session),
-            aperture,
+            reservation,
         });
         Self::open_in(&guest).map_err(io::Error::other)
     }
@@ -141,7 +142,7 @@ impl LoopbackMapping {
             "{length} bytes at {offset} are outside of {:?}",
             self.mapping
         );
-        let start = self.guest.aperture.host_address() + self.mapping.aperture_offset;
+        let start = self.guest.reservation.host_address() + self.mapping.aperture_offset;
         std::ptr::with_exposed_provenance_mut(start as usize + offset)
     }
 }

@@ -159,7 +159,7 @@ pub fn replay(
 ) -> Result<Replay, ReplayError> {
     let records = records(trace)?;
     let session = || -> Result<Session, ReplayError> {
-        let aperture = Arc::new(Aperture::new(APERTURE)?);
+        let aperture = Arc::new(Aperture::reserve(APERTURE)?);
         // Events are the guest's to take; here nobody waits for them.
         let report = Arc::new(drop);
         let driver = Arc::clone(driver);

@@ -152,7 +152,7 @@ pub fn open_and_end(driver: &Arc<dyn HostDriver>, state: State, end: End) -> Res
     };
     match end {
         End::Dropped => {
-            let aperture = Aperture::new(1 << 20).map_err(|error| error.to_string())?;
+            let aperture = Aperture::reserve(1 << 20).map_err(|error| error.to_string())?;
             let driver = Arc::clone(driver);
             let channel = Loopback::watching(driver, Some(Arc::new(aperture)), LIMITS);
             reached(reach(state, channel))
@@ -178,7 +178,7 @@ pub fn open_and_end(driver: &Arc<dyn HostDriver>, state: State, end: End) -> Res
 
 /// Ends a session while another thread opens, polls and closes files in it as fast as it can.
 fn interrupt(driver: &Arc<dyn HostDriver>) -> std::io::Result<()> {
-    let aperture = Arc::new(Aperture::new(1 << 20)?);
+    let aperture = Arc::new(Aperture::reserve(1 << 20)?);
     let session = HostSession::new(Arc::clone(driver), Some(aperture), LIMITS);
     let (begin, begun) = mpsc::channel();
     std::thread::scope(|scope| {

@@ -22,6 +22,7 @@ mod requests;
 mod sandbox;
 mod semantics;
 mod vgem;
+mod vhost_user;
 mod virtio_gpu;
 
 pub use mesa::{ARCHIVE as MESA, unpack as unpack_mesa};
@@ -53,6 +54,7 @@ pub fn tests() -> Vec<&'static Test> {
         boot::TESTS,
         linux::TESTS,
         descriptors::TESTS,
+        vhost_user::TESTS,
         semantics::TESTS,
         mesa::TESTS,
     ]

@@ -206,7 +206,7 @@ pub fn play(
             layout::EXTRA_MMIO,
             seconds.unwrap_or_default(),
         ),
-        gpu: Some(Gpu {
+        gpu: Some(Gpu::InProcess {
             driver,
             aperture: APERTURE,
             device: DeviceConfig {

@@ -99,7 +99,7 @@ impl Machine {
             },
             ..DeviceConfig::default()
         };
-        let aperture = Aperture::new(1 << 20).unwrap();
+        let aperture = Aperture::reserve(1 << 20).unwrap();
         let device = Device::new(driver, Some(aperture), config).unwrap();
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]).unwrap();
         Self {

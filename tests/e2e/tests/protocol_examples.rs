@@ -157,7 +157,7 @@ fn examples() -> Vec<(&'static str, String)> {
         date: "0".into(),
         description: "virtio GPU".into(),
     };
-    let aperture = Arc::new(Aperture::new(256 << 20).unwrap());
+    let aperture = Arc::new(Aperture::reserve(256 << 20).unwrap());
     let host = HostSession::new(
         Arc::new(Example(identity)),
         Some(aperture),

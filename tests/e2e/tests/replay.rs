@@ -27,7 +27,7 @@ fn record(scenario: &str, doorbell: Doorbell) -> Vec<u8> {
     let trace = NamedTempFile::new().unwrap();
     let config = VmConfig {
         cmdline: format!("scenario={scenario}"),
-        gpu: Some(Gpu {
+        gpu: Some(Gpu::InProcess {
             driver: soft(),
             aperture: 256 << 20,
             device: DeviceConfig {

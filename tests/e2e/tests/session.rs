@@ -40,7 +40,7 @@ impl Guest {
     fn with_limits(limits: Limits) -> Self {
         let driver = Recording::default();
         let record = driver.record();
-        let aperture = Arc::new(Aperture::new(1 << 20).unwrap());
+        let aperture = Arc::new(Aperture::reserve(1 << 20).unwrap());
         let host = HostSession::new(Arc::new(driver), Some(Arc::clone(&aperture)), limits);
         let mut session = Session::connect(Loopback::new(host), "test").unwrap();
         let file = session.open(open::RDWR).unwrap();

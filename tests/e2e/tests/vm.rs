@@ -15,7 +15,7 @@ use pvgpu_e2e::vanishing::{self, Loss};
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::limit::Limit;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
-use pvgpu_mini_vmm::Vm;
+use pvgpu_mini_vmm::{Gpu, Vm};
 use pvgpu_scenarios::soft;
 
 fn driver() -> Arc<SoftDriver> {
@@ -174,16 +174,12 @@ fn a_guest_that_reaches_a_limit_gets_its_errno_and_the_operator_sees_it_and_what
         return;
     }
     let lines = Lines::new(|_| ());
-    let command_line = "scenario=draw";
-    let mut config = guest_vm::config(
-        guest(),
-        command_line,
-        driver(),
-        Doorbell::Worker,
-        lines.clone(),
-    );
+    let gpu = guest_vm::in_process(driver(), Doorbell::Worker);
+    let mut config = guest_vm::config(guest(), "scenario=draw", gpu, lines.clone());
     let trace = tempfile::tempfile().unwrap();
-    let device = &mut config.gpu.as_mut().unwrap().device;
+    let Some(Gpu::InProcess { device, .. }) = &mut config.gpu else {
+        panic!("{config:?}");
+    };
     device.limits.memory = 4096;
     device.trace = Some(trace.try_clone().unwrap());
     device.trace_limit = 100;

@@ -12,6 +12,7 @@ pub mod operations;
 pub mod round_trip;
 pub mod soft_commands;
 pub mod trace;
+pub mod vhost_user;
 pub mod virtio_mmio;
 pub mod virtqueue;
 
@@ -25,6 +26,7 @@ pub type Target = (&'static str, fn(&[u8]));
 
 /// All targets, in the order in which their code meets a request.
 pub const TARGETS: &[Target] = &[
+    ("vhost_user", vhost_user::run),
     ("virtio_mmio", virtio_mmio::run),
     ("virtqueue", virtqueue::run),
     ("decode", decode::run),

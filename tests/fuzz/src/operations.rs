@@ -59,8 +59,9 @@ static GPU: LazyLock<Arc<SoftDriver>> = LazyLock::new(|| {
 });
 
 /// The apertures of the guests.
-static APERTURES: LazyLock<[Arc<Aperture>; 2]> =
-    LazyLock::new(|| [(); 2].map(|()| Arc::new(Aperture::new(APERTURE).expect("address space"))));
+static APERTURES: LazyLock<[Arc<Aperture>; 2]> = LazyLock::new(|| {
+    [(); 2].map(|()| Arc::new(Aperture::reserve(APERTURE).expect("address space")))
+});
 
 /// One of what there is: a number that is taken modulo how many there are. High ones name something that is not there.
 type Choice = u8;

@@ -146,13 +146,14 @@ pub fn run(arguments: &Arguments) -> ExitCode {
 
 fn here(rounds: u32) -> Result<Results, Error> {
     eprintln!("bench: building the guest and the program that measures");
-    let built = programs::build(&[programs::BENCH, programs::TEST_GUEST])?;
-    let [bench, guest] = &built[..] else {
+    let built = programs::build(&[programs::BENCH, programs::TEST_GUEST, programs::PROXYD])?;
+    let [bench, guest, daemon] = &built[..] else {
         return Err(Error::Empty);
     };
     eprintln!("bench: measuring on this machine");
     let mut command = Command::new(&bench.path);
-    command.arg("--guest").arg(&guest.path).args([
+    command.arg("--guest").arg(&guest.path);
+    command.arg("--daemon").arg(&daemon.path).args([
         "--driver",
         "soft",
         "--rounds",
@@ -176,11 +177,14 @@ fn in_testbed(rounds: u32) -> Result<Results, Error> {
     let machine = testbed::prepare()?;
     eprintln!("bench: measuring in the testbed");
     let guest = format!("/boot/{}", programs::TEST_GUEST.name);
+    let daemon = format!("/bin/{}", programs::PROXYD.name);
     let rounds = rounds.to_string();
     let words = [
         programs::BENCH.name,
         "--guest",
         &guest,
+        "--daemon",
+        &daemon,
         "--driver",
         "virtio_gpu",
         "--rounds",

@@ -35,12 +35,18 @@ const UNSAFE: &[Tests] = &[
     ("guest-driver/pvgpu_guest_driver", &["baremetal", "flat"]),
     (
         "host-proxy/pvgpu_host_proxy",
-        &["aperture", "clock", "drm::", "soft::memory", "multiply"],
+        &[
+            "aperture",
+            "clock",
+            "drm::",
+            "rlimit::",
+            "soft::memory",
+            "multiply",
+        ],
     ),
-    ("host-proxy/activation", &[]),
     (
         "mini-vmm/pvgpu_mini_vmm",
-        &["kvm::", "memory::", "rlimit::", "terminal::", "vm::"],
+        &["kvm::", "memory::", "terminal::", "vm::"],
     ),
     ("mini-vmm/boot", &[]),
     ("mini-vmm/gpu", &[]),
@@ -61,7 +67,6 @@ pub fn asan() -> Result<(), MemoryError> {
             "--package=pvgpu-mini-vmm",
             "--features=pvgpu-guest-driver/baremetal",
             "--lib",
-            "--test=activation",
             "--test=boot",
             "--test=gpu",
         ],
@@ -78,13 +83,7 @@ pub fn valgrind() -> Result<(), MemoryError> {
         folder: None,
         toolchain: None,
         flags: &[],
-        which: &[
-            "--workspace",
-            "--lib",
-            "--test=activation",
-            "--test=boot",
-            "--test=gpu",
-        ],
+        which: &["--workspace", "--lib", "--test=boot", "--test=gpu"],
     }
     .run()?;
     let memcheck = [

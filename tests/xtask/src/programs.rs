@@ -115,6 +115,12 @@ pub const MINI_VMM: Program = Program {
     package: "pvgpu-mini-vmm",
     how: RELEASE,
 };
+/// The GPU's daemon.
+pub const PROXYD: Program = Program {
+    name: "pvgpu-proxyd",
+    package: "pvgpu-host-proxy",
+    how: RELEASE,
+};
 /// The bare-metal guest.
 pub const TEST_GUEST: Program = Program {
     name: "pvgpu-test-guest",

@@ -9,6 +9,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use std::thread;
 use std::time::Duration;
 
+use crate::daemon::Daemon;
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_mini_vmm::{Console, Ending, Gpu, Vm, VmConfig, VmError};
@@ -35,6 +36,8 @@ pub enum Proxy {
     Asleep,
     /// On a thread that polls.
     Polling,
+    /// In another process, a thread that polls.
+    Process,
 }
 
 /// A machine to boot.
@@ -141,33 +144,59 @@ pub fn measure(
     guest: &Path,
     driver: Arc<dyn HostDriver>,
     node: Option<Node>,
+    daemon: &Path,
 ) -> Result<HashMap<String, Sample>, BenchError> {
     let (doorbell, poll) = match run.proxy {
         Proxy::Inline => (Doorbell::Inline, Duration::ZERO),
         Proxy::Asleep => (Doorbell::Worker, Duration::ZERO),
-        Proxy::Polling => (Doorbell::Worker, POLL),
+        Proxy::Polling | Proxy::Process => (Doorbell::Worker, POLL),
     };
     let mut cmdline = format!(
         "scenario=bench {} rounds={rounds} measure={}",
         yardstick::announcement(),
         measures(rows).join(",")
     );
-    if run.proxy == Proxy::Polling {
+    if matches!(run.proxy, Proxy::Polling | Proxy::Process) {
         let _ = write!(cmdline, " settle_us={}", SETTLE.as_micros());
     }
     let text = Text::default();
+    let daemon = (run.proxy == Proxy::Process)
+        .then(|| {
+            let gpu = node.as_ref();
+            let gpu = gpu.map_or("soft".into(), |node| format!("drm:{}", node.path.display()));
+            let (poll, aperture) = (POLL.as_micros().to_string(), APERTURE.to_string());
+            let options = [
+                "--gpu",
+                &gpu,
+                "--poll",
+                &poll,
+                "--aperture",
+                &aperture,
+                "--queues",
+                "1",
+            ];
+            Daemon::start(daemon, &options)
+        })
+        .transpose()
+        .map_err(|error| BenchError::Host("start the daemon", error))?;
     let yardstick = Yardstick::new(node)
         .map(Arc::new)
         .map_err(|error| BenchError::Host("start a thread", error))?;
     let vm = Vm::new(VmConfig {
         cmdline,
-        gpu: Some(Gpu {
-            driver,
-            aperture: APERTURE,
-            device: DeviceConfig {
-                doorbell,
-                poll,
-                ..DeviceConfig::default()
+        gpu: Some(match &daemon {
+            Some(daemon) => Gpu::VhostUser {
+                socket: daemon.socket(),
+                aperture: true,
+            },
+            None => Gpu::InProcess {
+                driver,
+                aperture: APERTURE,
+                device: DeviceConfig {
+                    doorbell,
+                    poll,
+                    ..DeviceConfig::default()
+                },
             },
         }),
         console: Console::output(text.clone()),

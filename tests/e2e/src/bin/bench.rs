@@ -11,11 +11,12 @@ use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 
-const USAGE: &str = "usage: bench --guest FILE --driver soft|virtio_gpu [--rounds N]\n\
-Boots the test guest FILE with a GPU on that host driver and measures N batches (15 by default) of everything.";
+const USAGE: &str = "usage: bench --guest FILE --daemon FILE --driver soft|virtio_gpu [--rounds N]\n\
+Boots the test guest with a GPU on that host driver, in process and in the daemon pvgpu-proxyd, and measures N batches (15 by default) of everything.";
 
 struct Arguments {
     guest: PathBuf,
+    daemon: PathBuf,
     driver: String,
     rounds: u32,
 }
@@ -35,11 +36,12 @@ fn main() -> ExitCode {
 }
 
 fn parse(mut words: impl Iterator<Item = String>) -> Option<Arguments> {
-    let (mut guest, mut driver, mut rounds) = (None, None, 15);
+    let (mut guest, mut daemon, mut driver, mut rounds) = (None, None, None, 15);
     while let Some(word) = words.next() {
         let value = words.next()?;
         match word.as_str() {
             "--guest" => guest = Some(value.into()),
+            "--daemon" => daemon = Some(value.into()),
             "--driver" => driver = Some(value),
             "--rounds" => rounds = value.parse().ok().filter(|rounds| *rounds > 0)?,
             _ => return None,
@@ -47,6 +49,7 @@ fn parse(mut words: impl Iterator<Item = String>) -> Option<Arguments> {
     }
     Some(Arguments {
         guest: guest?,
+        daemon: daemon?,
         driver: driver?,
         rounds,
     })
@@ -58,8 +61,15 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     for (run, rows) in bench::runs(driver) {
         let (host_driver, node) = open(driver)?;
         let rounds = arguments.rounds;
-        let samples =
-            bench::machine::measure(&run, &rows, rounds, &arguments.guest, host_driver, node)?;
+        let samples = bench::machine::measure(
+            &run,
+            &rows,
+            rounds,
+            &arguments.guest,
+            host_driver,
+            node,
+            &arguments.daemon,
+        )?;
         for row in &rows {
             let line = bench::line(&run, row, &rows, &samples)?;
             println!("{}", serde_json::to_string(&line)?);

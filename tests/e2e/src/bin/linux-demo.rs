@@ -220,7 +220,7 @@ fn in_guest(
     config.initrd = vec![folder.join("l2.cpio"), PathBuf::from(testbed::MESA)];
     config.memory = MEMORY;
     config.cmdline = format!("{PARAMETERS} {}", plan.command_line());
-    config.gpu = Some(Gpu {
+    config.gpu = Some(Gpu::InProcess {
         driver: Arc::new(DrmDriver::new(node)?),
         aperture: APERTURE,
         device: DeviceConfig {

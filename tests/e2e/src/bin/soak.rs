@@ -21,9 +21,10 @@ use pvgpu_e2e::loopback_file::LoopbackFile;
 use pvgpu_e2e::session_states::{self as states, ENDS, STATES};
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::rlimit;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_mini_vmm::Ending;
 use pvgpu_mini_vmm::vm::Vm;
-use pvgpu_mini_vmm::{Ending, rlimit};
 use pvgpu_scenarios::{Picture, soft};
 use serde::Serialize;
 
@@ -423,7 +424,12 @@ impl Load {
         let doorbell = *random.one_of(&[Doorbell::Inline, Doorbell::Worker]);
         let gpu = Arc::clone(&self.gpu);
         let lines = Lines::new(|_| ());
-        let config = guest_vm::config(&self.guest, words, gpu, doorbell, lines);
+        let config = guest_vm::config(
+            &self.guest,
+            words,
+            guest_vm::in_process(gpu, doorbell),
+            lines,
+        );
         let vm = Vm::new(config)?;
         count(&self.done.machines);
         let stop = vm.stop();

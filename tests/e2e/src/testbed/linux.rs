@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::boot::{EXIT_CODE, PARAMETERS};
 use super::mini_vmm::{Running, start};
-use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, expected};
+use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, expected};
 use super::{Failure, Test};
 use crate::ensure;
 
@@ -85,14 +85,20 @@ fn draws(kernel: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
 /// Draws on the GPU in a guest with that kernel, once for each of two times that the module is loaded, and checks the
 /// pictures; mini-vmm gets `options`, too.
 pub fn draw(kernel: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
+    let options = [&["--doorbell", doorbell, "--watchdog", WATCHDOG], options].concat();
+    draw_on(kernel, gpu, &(gpu.argument)()?, &options)
+}
+
+/// As [`draw`], with that `--gpu`.
+pub fn draw_on(kernel: &str, gpu: &Gpu, argument: &str, options: &[&str]) -> Result<(), Failure> {
     let picture = expected(gpu)?;
     let guest = Guest {
         kernel,
         memory: "512M",
         cpus: "1",
         parameters: &format!("l2.draw={}", gpu.name),
-        gpu: &(gpu.argument)()?,
-        options: &[&["--doorbell", doorbell, "--watchdog", "60"], options].concat(),
+        gpu: argument,
+        options,
     };
     let ended = guest.start()?.wait(LIMIT)?;
     ended.expect(EXIT_CODE)?;

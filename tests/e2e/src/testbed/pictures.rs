@@ -109,15 +109,24 @@ fn node(driver: &str, kind: Kind) -> Result<String, Failure> {
 }
 
 /// Drawing takes about a second in L2; a request may take a hundred times as long as on hardware.
-const LIMIT: Duration = Duration::from_secs(60);
+pub const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long a submission may run on the embedded GPU, in seconds.
+pub const WATCHDOG: &str = "60";
 
 /// A picture with fewer colours is taken for blank or for broken.
 const ENOUGH_COLOURS: usize = 16;
 
 fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
-    let expected = expected(gpu)?;
     // The embedded GPU is emulated too: what takes it milliseconds elsewhere takes seconds here.
-    let drawing = Drawing::start(gpu, &["--doorbell", doorbell, "--watchdog", "60"])?;
+    let more = ["--doorbell", doorbell, "--watchdog", WATCHDOG];
+    draws_on(gpu, &(gpu.argument)()?, &more)
+}
+
+/// Draws on that GPU in a guest for which mini-vmm gets this `--gpu` and `more`, and checks the picture.
+pub fn draws_on(gpu: &Gpu, argument: &str, more: &[&str]) -> Result<(), Failure> {
+    let expected = expected(gpu)?;
+    let drawing = Drawing::start(argument, more)?;
     let found = drawing.picture(&expected)?;
     for (who, picture) in [("native", &expected), ("guest", &found)] {
         picture_file::write_png(
@@ -130,8 +139,9 @@ fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
 
 fn two_guests() -> Result<(), Failure> {
     let expected = expected(&VIRTIO_GPU)?;
-    let first = Drawing::start(&VIRTIO_GPU, &[])?;
-    let second = Drawing::start(&VIRTIO_GPU, &[])?;
+    let argument = (VIRTIO_GPU.argument)()?;
+    let first = Drawing::start(&argument, &[])?;
+    let second = Drawing::start(&argument, &[])?;
     equal(&expected, &first.picture(&expected)?)?;
     equal(&expected, &second.picture(&expected)?)
 }
@@ -139,13 +149,12 @@ fn two_guests() -> Result<(), Failure> {
 /// Killed after its commands were submitted, before it has read the picture back.
 fn killed_guest() -> Result<(), Failure> {
     let expected = expected(&VIRTIO_GPU)?;
-    Drawing::start(&VIRTIO_GPU, &[])?
+    let argument = (VIRTIO_GPU.argument)()?;
+    Drawing::start(&argument, &[])?
         .guest
         .kill_when("step EXECBUFFER", LIMIT)?;
-    equal(
-        &expected,
-        &Drawing::start(&VIRTIO_GPU, &[])?.picture(&expected)?,
-    )
+    let found = Drawing::start(&argument, &[])?.picture(&expected)?;
+    equal(&expected, &found)
 }
 
 /// The picture that a guest has to draw.
@@ -160,13 +169,15 @@ pub fn expected(gpu: &Gpu) -> Result<Picture, Failure> {
 }
 
 /// A guest that draws, and the file that its picture goes to.
-struct Drawing {
-    guest: Running,
+pub struct Drawing {
+    /// The guest.
+    pub guest: Running,
     dump: PathBuf,
 }
 
 impl Drawing {
-    fn start(gpu: &Gpu, more: &[&str]) -> Result<Self, Failure> {
+    /// Starts it; mini-vmm gets this `--gpu` and `more`.
+    pub fn start(argument: &str, more: &[&str]) -> Result<Self, Failure> {
         let dump = tempfile::Builder::new()
             .prefix("guest-")
             .suffix(".rgba")
@@ -175,16 +186,12 @@ impl Drawing {
             .keep()?;
         std::fs::remove_file(&dump)?;
         let path = dump.to_string_lossy();
-        let guest = start_guest(
-            "draw",
-            &(gpu.argument)()?,
-            &[&["--dump", &path], more].concat(),
-        )?;
+        let guest = start_guest("draw", argument, &[&["--dump", &path], more].concat())?;
         Ok(Drawing { guest, dump })
     }
 
     /// Waits for the guest's success and gives its picture, which has the size of `expected`.
-    fn picture(self, expected: &Picture) -> Result<Picture, Failure> {
+    pub fn picture(self, expected: &Picture) -> Result<Picture, Failure> {
         self.guest.wait(LIMIT)?.expect(0)?;
         let picture = picture_file::read_rgba(&self.dump, expected.width, expected.height)
             .map_err(|error| format!("the guest left no such picture: {error}"))?;
@@ -193,7 +200,8 @@ impl Drawing {
     }
 }
 
-fn equal(expected: &Picture, found: &Picture) -> Result<(), Failure> {
+/// A failure unless they are equal.
+pub fn equal(expected: &Picture, found: &Picture) -> Result<(), Failure> {
     match first_difference(expected, found) {
         None => Ok(()),
         Some(text) => Err(text.into()),

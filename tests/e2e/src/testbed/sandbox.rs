@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
-use pvgpu_mini_vmm::files;
+use pvgpu_host_proxy::files;
 
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};

@@ -28,6 +28,24 @@ pub fn guest() -> &'static Path {
     })
 }
 
+/// The daemon, built once, with what is built already of this workspace.
+#[allow(dead_code)] // not every test has one
+pub fn proxyd() -> &'static Path {
+    static PROXYD: OnceLock<PathBuf> = OnceLock::new();
+    PROXYD.get_or_init(|| {
+        let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("proxyd");
+        let build = ["build", "--quiet", "--bin", "pvgpu-proxyd"];
+        let status = Command::new(env!("CARGO"))
+            .args(build)
+            .args(["--package", "pvgpu-host-proxy", "--target-dir"])
+            .arg(&target)
+            .status()
+            .expect("cargo can be started");
+        assert!(status.success(), "the daemon does not build");
+        target.join("debug/pvgpu-proxyd")
+    })
+}
+
 /// Whether this machine has KVM; where it has none, the caller must have said so.
 pub fn with_kvm() -> bool {
     let without = std::env::var_os("PVGPU_WITHOUT_KVM").is_some_and(|value| value == "1");

@@ -19,6 +19,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::LINUX_DEMO,
     programs::BENCH,
     programs::MINI_VMM,
+    programs::PROXYD,
 ];
 
 /// Writes the initramfs of L1 to `image`; of `programs`, those of [`PROGRAMS`] are in it.

@@ -1,6 +1,6 @@
 //! What other processes of the same user can see of this one: nothing of its memory, its descriptors and its files.
 //!
-//! `main` asks for it before it makes anything; the library never does that to a process that is not its own.
+//! Programs ask for it before they make anything; the library never does that to a process that is not its own.
 
 #![allow(unsafe_code)]
 

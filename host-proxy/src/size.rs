@@ -1,6 +1,6 @@
 //! Sizes as people write them on the command line: `256M`, `1G`, `4096`.
 //!
-//! `main` parses options with it; it must never guess (a suffix it does not know is an error).
+//! Programs parse their options with it; it must never guess (a suffix it does not know is an error).
 
 /// Why a text is not a size.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]

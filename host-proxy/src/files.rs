@@ -1,6 +1,6 @@
 //! Which files this process may open: the devices that it is given, and nothing else, where the kernel has Landlock.
 //!
-//! `vm` does it for `main`, when all that is to be read has been read; `check` tells whether the kernel has it. What is open
+//! Programs do it when all that is to be read has been read. What is open
 //! already stays open.
 
 use std::io;

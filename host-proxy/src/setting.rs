@@ -1,11 +1,11 @@
 //! The guest's limits as people set them on the command line: `--limit memory=1G,objects=100`.
 //!
-//! `main` parses options with it; it must never guess. What each limit means is `docs/protocol.md`'s.
+//! Programs parse their options with it; it must never guess. What each limit means is `docs/protocol.md`'s.
 
 use std::time::Duration;
 
-use pvgpu_host_proxy::device::DeviceConfig;
-use pvgpu_host_proxy::limit::Limit;
+use crate::device::DeviceConfig;
+use crate::limit::Limit;
 
 use crate::size;
 
@@ -93,7 +93,7 @@ impl Setting {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use pvgpu_host_proxy::Limits;
+    use crate::Limits;
 
     #[test]
     fn every_limit_can_be_set() {

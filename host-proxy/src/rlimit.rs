@@ -1,6 +1,6 @@
 //! The limit of this process on open files, which every buffer object of a guest counts against.
 //!
-//! `main` raises it before it makes a GPU; the library never does that to a process that is not its own.
+//! Programs raise it before they make a GPU; the library never does that to a process that is not its own.
 
 #![allow(unsafe_code)]
 

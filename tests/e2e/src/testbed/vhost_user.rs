@@ -1,0 +1,128 @@
+//! The GPU in a process of its own, `pvgpu-proxyd`: guests behind mini-vmm's front end draw on it what they draw in process.
+
+use std::os::unix::fs::{MetadataExt, chown};
+use std::path::Path;
+use std::time::Duration;
+
+use super::linux;
+use super::pictures::{
+    Drawing, Gpu, LIMIT, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on, equal, expected,
+};
+use super::{Failure, Test};
+use crate::daemon::Daemon;
+use crate::ensure;
+
+pub const TESTS: &[Test] = &[
+    Test {
+        name: "a_guest_draws_on_vgem_over_vhost_user",
+        run: || bare_metal(&VGEM),
+    },
+    Test {
+        name: "a_guest_draws_on_virtio_gpu_over_vhost_user",
+        run: || bare_metal(&VIRTIO_GPU),
+    },
+    Test {
+        name: "a_guest_draws_on_soft_over_vhost_user",
+        run: || bare_metal(&SOFT),
+    },
+    Test {
+        name: "a_linux_6_1_guest_draws_on_vgem_over_vhost_user",
+        run: || linux("6.1", &VGEM),
+    },
+    Test {
+        name: "a_linux_6_1_guest_draws_on_virtio_gpu_over_vhost_user",
+        run: || linux("6.1", &VIRTIO_GPU),
+    },
+    Test {
+        name: "a_linux_6_1_guest_draws_on_soft_over_vhost_user",
+        run: || linux("6.1", &SOFT),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_vgem_over_vhost_user",
+        run: || linux("6.12", &VGEM),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_virtio_gpu_over_vhost_user",
+        run: || linux("6.12", &VIRTIO_GPU),
+    },
+    Test {
+        name: "a_linux_6_12_guest_draws_on_soft_over_vhost_user",
+        run: || linux("6.12", &SOFT),
+    },
+    Test {
+        name: "the_daemon_serves_a_guest_as_a_user_who_may_use_the_node_and_nothing_else",
+        run: unprivileged,
+    },
+    Test {
+        name: "a_guest_draws_right_while_the_daemon_of_another_one_is_killed_again_and_again",
+        run: killed_daemons,
+    },
+];
+
+/// Where L1 has the daemon.
+const PROGRAM: &str = "/bin/pvgpu-proxyd";
+
+/// A user who owns nothing.
+const NOBODY: u32 = 65_534;
+
+/// How often a daemon is killed.
+const KILLS: usize = 10;
+
+/// A daemon with that GPU, and what mini-vmm's `--gpu` is told to use it.
+fn daemon(gpu: &Gpu, user: Option<u32>) -> Result<(Daemon, String), Failure> {
+    let host = (gpu.argument)()?;
+    let options = ["--gpu", &host, "--watchdog", WATCHDOG];
+    let daemon = Daemon::start_as(user, Path::new(PROGRAM), &options)?;
+    let argument = format!("vhost-user:{}", daemon.socket().display());
+    Ok((daemon, argument))
+}
+
+fn bare_metal(gpu: &Gpu) -> Result<(), Failure> {
+    let (_daemon, argument) = daemon(gpu, None)?;
+    draws_on(gpu, &argument, &[])
+}
+
+fn linux(kernel: &str, gpu: &Gpu) -> Result<(), Failure> {
+    let (_daemon, argument) = daemon(gpu, None)?;
+    linux::draw_on(kernel, gpu, &argument, &[])
+}
+
+fn unprivileged() -> Result<(), Failure> {
+    let host = (VIRTIO_GPU.argument)()?;
+    let node = host.trim_start_matches("drm:");
+    let owner = std::fs::metadata(node)?;
+    chown(node, Some(NOBODY), None)?;
+    let drawn = daemon(&VIRTIO_GPU, Some(NOBODY)).and_then(|(daemon, argument)| {
+        let process = std::fs::metadata(format!("/proc/{}/stat", daemon.id()))?;
+        // Not even its own user may look into it, so its files in /proc belong to root; what it runs as is in its status.
+        ensure!(process.uid() == 0, "others can look into the daemon");
+        let status = std::fs::read_to_string(format!("/proc/{}/status", daemon.id()))?;
+        let runs_as = format!("Uid:\t{NOBODY}\t{NOBODY}\t{NOBODY}\t{NOBODY}");
+        ensure!(status.contains(&runs_as), "it runs as another user");
+        draws_on(&VIRTIO_GPU, &argument, &[])
+    });
+    chown(node, Some(owner.uid()), None)?;
+    drawn
+}
+
+/// Each time, both guests draw at once; the moments go over the time that a picture takes.
+fn killed_daemons() -> Result<(), Failure> {
+    let expected = expected(&VIRTIO_GPU)?;
+    let (_kept, argument) = daemon(&VIRTIO_GPU, None)?;
+    let (mut killed, victims) = daemon(&VIRTIO_GPU, None)?;
+    for round in 0..KILLS {
+        let drawing = Drawing::start(&argument, &[])?;
+        let mut victim = Drawing::start(&victims, &[])?;
+        victim.guest.wait_for("step ", LIMIT)?;
+        std::thread::sleep(Duration::from_millis(20) * u32::try_from(round)?);
+        killed.kill()?;
+        equal(&expected, &drawing.picture(&expected)?)?;
+        // It has lost its GPU, or was done before: it does not hang.
+        victim.guest.wait(LIMIT)?;
+        killed.restart()?;
+    }
+    equal(
+        &expected,
+        &Drawing::start(&victims, &[])?.picture(&expected)?,
+    )
+}

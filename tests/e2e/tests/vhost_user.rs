@@ -1,0 +1,75 @@
+//! The device in a process of its own: `pvgpu-proxyd` behind `mini-vmm`'s front end, on this machine's KVM.
+//!
+//! Without /dev/kvm these tests fail, unless `PVGPU_WITHOUT_KVM=1` says that this is known.
+
+mod guest_program;
+
+use guest_program::{guest, proxyd, with_kvm};
+use pvgpu_e2e::daemon::Daemon;
+use pvgpu_e2e::guest_vm::{self, Run};
+use pvgpu_host_proxy::device::Doorbell;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_mini_vmm::Gpu;
+use std::sync::Arc;
+use std::sync::mpsc::channel;
+
+/// The GPU of that daemon.
+fn gpu(daemon: &Daemon) -> Gpu {
+    Gpu::VhostUser {
+        socket: daemon.socket(),
+        aperture: true,
+    }
+}
+
+/// Runs a scenario that must end well on any GPU.
+fn run(scenario: &str, gpu: Gpu) -> Run {
+    let words = format!("scenario={scenario}");
+    let run = guest_vm::run_with(guest(), &words, gpu, |_| ()).unwrap();
+    let said = run.lines.join("\n");
+    assert_eq!(run.outcome.exit_code, 0, "{:?}\n{said}", run.outcome.ending);
+    run
+}
+
+#[test]
+fn a_guest_draws_the_same_picture_and_gets_the_same_errnos_on_a_gpu_in_another_process() {
+    if !with_kvm() {
+        return;
+    }
+    let daemon = Daemon::start(proxyd(), &[]).unwrap();
+    // One front end after the other: the daemon forgets each of them.
+    for _ in 0..2 {
+        run("selftest", gpu(&daemon));
+        let picture = run("draw", gpu(&daemon)).picture.expect("a picture");
+        let driver = Arc::new(SoftDriver::new(SoftConfig::default()).unwrap());
+        let here = guest_vm::in_process(driver, Doorbell::Worker);
+        let expected = run("draw", here).picture.expect("a picture");
+        assert!(picture == expected, "the pictures differ");
+    }
+}
+
+#[test]
+fn a_guest_whose_daemon_is_killed_in_the_middle_of_a_picture_hears_of_it_and_does_not_hang() {
+    if !with_kvm() {
+        return;
+    }
+    let mut daemon = Daemon::start(proxyd(), &[]).unwrap();
+    let gpu = gpu(&daemon);
+    let ((reached, middle), (killed, dead)) = (channel(), channel::<()>());
+    // What is heard is heard on a vCPU's thread, which may kill nobody.
+    let line = move |line: &str| {
+        if line.starts_with("step GEM_MMAP") && reached.send(()).is_ok() {
+            let _ = dead.recv();
+        }
+    };
+    let killer = std::thread::spawn(move || {
+        middle.recv().unwrap();
+        drop(middle);
+        daemon.kill().unwrap();
+        drop(killed);
+    });
+    let run = guest_vm::run_with(guest(), "scenario=draw", gpu, line).unwrap();
+    killer.join().unwrap();
+    assert_eq!(run.outcome.exit_code, 1, "{:?}", run.lines);
+    let last = run.lines.last().unwrap();
+    assert!(last.starts_with("error:"), "{:?}", run.lines);
+}
