@@ -16,7 +16,8 @@ use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{self, Attachment};
 use crate::memory::Range;
-use crate::virtio_mmio::{Backend, SharedMemory, VirtioMmio, register};
+use crate::virtio::{Backend, SharedMemory, Virtio};
+use crate::virtio_mmio::{VirtioMmio, register};
 use crate::{cpuid, layout, size};
 
 /// The GPU that a machine is to have.
@@ -105,8 +106,8 @@ impl Backend for Device {
 
 /// The GPU as the machine holds it.
 pub(crate) struct Attached {
-    /// The transport with the device behind it.
-    pub transport: Arc<VirtioMmio<Device>>,
+    /// The device, which its transport drives.
+    pub device: Arc<Virtio<Device>>,
     /// What goes onto the bus.
     pub attachment: Attachment,
     /// The aperture's place, if there is one, for its memory slot.
@@ -151,16 +152,12 @@ pub(crate) fn attach(
         base: range.guest,
         size: range.size,
     });
-    let transport = Arc::new(VirtioMmio::new(
-        device,
-        memory.clone(),
-        region,
-        Arc::clone(&event),
-    ));
+    let transport = VirtioMmio::new(device, memory.clone(), region, Arc::clone(&event));
+    let device = Arc::clone(&transport);
     let attachment = Attachment {
         base: layout::GPU_MMIO,
         size: layout::GPU_MMIO_SIZE,
-        device: Arc::clone(&transport) as _,
+        device: Arc::new(transport),
         doorbells,
         interrupts: vec![bus::Interrupt {
             line: layout::GPU_IRQ,
@@ -168,7 +165,7 @@ pub(crate) fn attach(
         }],
     };
     Ok(Attached {
-        transport,
+        device,
         attachment,
         aperture: range,
         off,

@@ -45,6 +45,7 @@ pub mod size;
 pub mod stop;
 pub mod terminal;
 pub mod vcpu;
+pub mod virtio;
 pub mod virtio_mmio;
 pub mod vm;
 

@@ -30,7 +30,7 @@ use crate::sandbox::Filters;
 use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
-use crate::virtio_mmio::VirtioMmio;
+use crate::virtio::Virtio;
 use crate::{events, files, layout, size};
 
 /// A machine that does not exist yet. [`VmConfig::new`] gives a modest one; change its fields.
@@ -156,7 +156,7 @@ pub struct Vm {
     machine: Machine,
     around: Surroundings,
     debug: Arc<Debug>,
-    transport: Option<Arc<VirtioMmio<Device>>>,
+    gpu: Option<Arc<Virtio<Device>>>,
     gpu_off: Option<Arc<AtomicBool>>,
     port: Port,
     input: Option<(File, bool)>,
@@ -225,13 +225,13 @@ impl Vm {
             doorbells: Vec::new(),
             interrupts: Vec::new(),
         })?;
-        let mut transport = None;
+        let mut gpu = None;
         let mut gpu_off = None;
         let mut aperture = None;
         let mut system_calls = [THREAD, DEVICE].concat();
-        if let Some(mut gpu) = config.gpu {
-            gpu.device.sandbox = config.sandbox;
-            let attached = gpu::attach(gpu, ram.map(), machine.supported_cpuid())?;
+        if let Some(mut wanted) = config.gpu {
+            wanted.device.sandbox = config.sandbox;
+            let attached = gpu::attach(wanted, ram.map(), machine.supported_cpuid())?;
             if let Some(range) = attached.aperture {
                 // SAFETY: the device keeps the aperture mapped, whatever it maps inside, for as long as
                 // it lives; it is on the bus that every vCPU holds while it runs, and no Rust reference
@@ -239,9 +239,9 @@ impl Vm {
                 unsafe { machine.add_memory(layout::slot::APERTURE, range)? };
             }
             bus.attach(attached.attachment)?;
-            aperture = attached.transport.device().aperture().cloned();
-            system_calls = attached.transport.device().system_calls().to_vec();
-            transport = Some(attached.transport);
+            aperture = attached.device.device().aperture().cloned();
+            system_calls = attached.device.device().system_calls().to_vec();
+            gpu = Some(attached.device);
             gpu_off = Some(attached.off);
         }
         for device in config.devices {
@@ -273,7 +273,7 @@ impl Vm {
             machine,
             around,
             debug,
-            transport,
+            gpu,
             gpu_off,
             port,
             input,
@@ -296,7 +296,7 @@ impl Vm {
     pub fn counters(&self) -> Counters {
         Counters {
             exits: self.vcpus.iter().map(|(vcpu, _)| vcpu.exits()).collect(),
-            transport: self.transport.as_ref().map(Arc::downgrade),
+            gpu: self.gpu.as_ref().map(Arc::downgrade),
         }
     }
 
@@ -337,7 +337,7 @@ impl Vm {
             input,
             port,
             gpu_off,
-            transport,
+            gpu,
             debug,
             around,
             machine,
@@ -397,16 +397,16 @@ impl Vm {
             .ending()
             .unwrap_or(Ending::Stopped { signal: None });
         // Counted before the end of the session, which takes its counters with it.
-        let doorbell_exits = transport.as_ref().map_or(0, |t| t.notifications());
-        let gpu = transport.as_ref().map(|t| t.device().statistics());
-        drop((machine, around, debug, port, transport));
+        let doorbell_exits = gpu.as_ref().map_or(0, |gpu| gpu.notifications());
+        let statistics = gpu.as_ref().map(|gpu| gpu.device().statistics());
+        drop((machine, around, debug, port, gpu));
         drop(ram);
         Ok(Outcome {
             exit_code: ending.status(),
             ending,
             exits: sum(&exits),
             doorbell_exits,
-            gpu,
+            gpu: statistics,
             dump,
         })
     }
@@ -415,7 +415,7 @@ impl Vm {
 /// What a machine counts while it runs. Its machine may end; then the GPU's counters are gone.
 pub struct Counters {
     exits: Vec<Arc<ExitCounters>>,
-    transport: Option<Weak<VirtioMmio<Device>>>,
+    gpu: Option<Weak<Virtio<Device>>>,
 }
 
 impl Counters {
@@ -426,8 +426,8 @@ impl Counters {
 
     /// What the GPU has counted so far; none if there is no GPU any more.
     pub fn gpu(&self) -> Option<Statistics> {
-        let transport = self.transport.as_ref()?.upgrade()?;
-        Some(transport.device().statistics())
+        let gpu = self.gpu.as_ref()?.upgrade()?;
+        Some(gpu.device().statistics())
     }
 }
 
