@@ -1,8 +1,8 @@
 //! A virtio device as a driver finds it behind any transport: features, status, the set-up of queues, activation and reset.
 //! Virtio 1.2, sections 2.1 and 3.1.
 //!
-//! A transport ([`crate::virtio_mmio`]) gives it registers; what is behind it is a [`Backend`]. It trusts no register
-//! write: values are kept as they came and judged when the driver says that it is ready; a driver that
+//! A transport ([`crate::virtio_mmio`], [`crate::virtio_pci`]) gives it registers; what is behind it is a [`Backend`]. It trusts
+//! no register write: values are kept as they came and judged when the driver says that it is ready; a driver that
 //! breaks the rules gets DEVICE_NEEDS_RESET or is ignored, and may always start over with a reset.
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -123,7 +123,7 @@ pub(crate) fn high(value: u64) -> u32 {
 impl<D: Backend> Virtio<D> {
     /// The device, whose queues lie in `memory` and whose interrupts go through `line`.
     pub fn new(device: D, memory: GuestMemoryAtomic<GuestMemoryMmap>, line: Arc<dyn Line>) -> Self {
-        let registers = Registers::new(device.queue_max_sizes().len());
+        let registers = Registers::new(device.queue_max_sizes());
         Self {
             device: RwLock::new(device),
             registers: Mutex::new(registers),
@@ -162,8 +162,9 @@ impl<D: Backend> Virtio<D> {
 
     fn reset_registers(&self, registers: &mut Registers) {
         self.active.store(false, Ordering::SeqCst);
-        self.device_mut().reset();
-        *registers = Registers::new(registers.queues.len());
+        let mut device = self.device_mut();
+        device.reset();
+        *registers = Registers::new(device.queue_max_sizes());
         self.line.reset();
     }
 
@@ -264,9 +265,14 @@ impl<D: Backend> Virtio<D> {
 }
 
 impl Registers {
-    fn new(queues: usize) -> Self {
+    /// Each queue has its largest size until the driver chooses another.
+    fn new(sizes: &[u16]) -> Self {
+        let queue = |size: &u16| QueueRegisters {
+            size: (*size).into(),
+            ..QueueRegisters::default()
+        };
         Self {
-            queues: vec![QueueRegisters::default(); queues],
+            queues: sizes.iter().map(queue).collect(),
             ..Self::default()
         }
     }
@@ -282,6 +288,15 @@ impl Registers {
     /// Queues are set up between FEATURES_OK and DRIVER_OK (section 3.1.1).
     fn configurable(&self) -> bool {
         self.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK
+    }
+
+    /// The half of what the driver has accepted that it has selected.
+    pub fn read_driver_features(&self) -> u32 {
+        match self.driver_features_sel {
+            0 => low(self.driver_features),
+            1 => high(self.driver_features),
+            _ => 0,
+        }
     }
 
     /// Takes half of what the driver accepts, as long as that is not decided.

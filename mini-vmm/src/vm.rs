@@ -22,11 +22,12 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use crate::boot::{self, BootError};
 use crate::bus::{Attachment, Bus, Overlap};
 use crate::debug::{Debug, DumpTarget};
-use crate::gpu::{self, Gpu, GpuError};
+use crate::gpu::{self, Gpu, GpuError, Transport};
 use crate::kvm::{self, KvmError, Machine};
 use crate::memory::{MemoryError, Ram};
+use crate::pci::PciBus;
 use crate::ports::Ports;
-use crate::sandbox::Filters;
+use crate::sandbox::{self, Filters};
 use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
@@ -50,6 +51,8 @@ pub struct VmConfig {
     pub cpus: u8,
     /// The GPU; none where a machine is to have none.
     pub gpu: Option<Gpu>,
+    /// How the guest finds the GPU.
+    pub transport: Transport,
     /// Where the guest's serial console goes and comes from.
     pub console: Console,
     /// Where the guest's dumps go.
@@ -75,6 +78,7 @@ impl VmConfig {
             memory: 256 << 20,
             cpus: 1,
             gpu: None,
+            transport: Transport::default(),
             console: Console::output(io::stdout()),
             dump: None,
             sandbox: Sandbox::default(),
@@ -191,7 +195,7 @@ impl Vm {
                 kernel: &config.kernel,
                 initrd: &config.initrd,
                 cmdline: &config.cmdline,
-                announcements: &announcements(config.gpu.is_some()),
+                announcements: &announcements(config.gpu.as_ref().map(|_| config.transport)),
                 cpus: config.cpus,
             },
         )?;
@@ -228,10 +232,11 @@ impl Vm {
         let mut gpu = None;
         let mut gpu_off = None;
         let mut aperture = None;
+        let mut pci = None;
         let mut system_calls = [THREAD, DEVICE].concat();
         if let Some(mut wanted) = config.gpu {
             wanted.device.sandbox = config.sandbox;
-            let attached = gpu::attach(wanted, ram.map(), machine.supported_cpuid())?;
+            let attached = gpu::attach(wanted, config.transport, ram.map(), &machine)?;
             if let Some(range) = attached.aperture {
                 // SAFETY: the device keeps the aperture mapped, whatever it maps inside, for as long as
                 // it lives; it is on the bus that every vCPU holds while it runs, and no Rust reference
@@ -241,6 +246,9 @@ impl Vm {
             bus.attach(attached.attachment)?;
             aperture = attached.device.device().aperture().cloned();
             system_calls = attached.device.device().system_calls().to_vec();
+            pci = attached
+                .function
+                .map(|function| PciBus::new(vec![function]));
             gpu = Some(attached.device);
             gpu_off = Some(attached.off);
         }
@@ -257,13 +265,17 @@ impl Vm {
             .collect::<Result<_, _>>()?;
         let around = Surroundings {
             bus: Arc::new(bus),
-            ports: Arc::new(Ports::new(port.clone(), stop.clone())),
+            ports: Arc::new(Ports::new(port.clone(), pci, stop.clone())),
             memory: ram.map().clone(),
             aperture,
             stop,
             triple_fault_resets: resets_by_triple_fault(&config.cmdline),
         };
-        let filters = Filters::new(config.sandbox, &system_calls)?;
+        let vcpu_calls = match config.transport {
+            Transport::Mmio => &[],
+            Transport::Pci => sandbox::VCPU_PCI,
+        };
+        let filters = Filters::new(config.sandbox, &system_calls, vcpu_calls)?;
         let input = config
             .console
             .input
@@ -437,10 +449,10 @@ fn sum(exits: &[Arc<ExitCounters>]) -> Exits {
     all
 }
 
-/// What tells the guest's kernel where the machine's devices are.
-fn announcements(gpu: bool) -> Vec<String> {
+/// What tells the guest's kernel where the machine's devices are. It finds a GPU on PCI by itself.
+fn announcements(gpu: Option<Transport>) -> Vec<String> {
     let mut announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
-    if gpu {
+    if gpu == Some(Transport::Mmio) {
         announcements.push(format!(
             "virtio_mmio.device={}@{:#x}:{}",
             size::display(layout::GPU_MMIO_SIZE),
@@ -474,13 +486,15 @@ mod tests {
     #[test]
     fn the_gpu_is_announced_as_linux_expects() {
         assert_eq!(
-            announcements(true),
+            announcements(Some(Transport::Mmio)),
             [
                 "pvgpu.debug=0xd0001000",
                 "virtio_mmio.device=4K@0xd0000000:5"
             ]
         );
-        assert_eq!(announcements(false), ["pvgpu.debug=0xd0001000"]);
+        for other in [Some(Transport::Pci), None] {
+            assert_eq!(announcements(other), ["pvgpu.debug=0xd0001000"]);
+        }
     }
 
     #[test]
