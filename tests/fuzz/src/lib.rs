@@ -13,6 +13,7 @@ pub mod round_trip;
 pub mod soft_commands;
 pub mod trace;
 pub mod virtio_mmio;
+pub mod virtio_pci;
 pub mod virtqueue;
 
 use pvgpu_host_proxy::session::{RESPONSE_HEADER, Response};
@@ -26,6 +27,7 @@ pub type Target = (&'static str, fn(&[u8]));
 /// All targets, in the order in which their code meets a request.
 pub const TARGETS: &[Target] = &[
     ("virtio_mmio", virtio_mmio::run),
+    ("virtio_pci", virtio_pci::run),
     ("virtqueue", virtqueue::run),
     ("decode", decode::run),
     ("round_trip", round_trip::run),
