@@ -32,12 +32,12 @@ pub struct Attachment {
     pub interrupts: Vec<Interrupt>,
 }
 
-/// An ioeventfd: a 32-bit write at `offset` signals `event` and never reaches the device.
+/// An ioeventfd: a write at `offset` signals `event` and never reaches the device.
 #[derive(Clone)]
 pub struct Doorbell {
     /// Offset from the base of the device's window.
     pub offset: u64,
-    /// Only writes of this value, or every 32-bit write.
+    /// Only 32-bit writes of this value, or every write that begins there.
     pub value: Option<u32>,
     /// What is signalled.
     pub event: Arc<EventFd>,
@@ -46,7 +46,8 @@ pub struct Doorbell {
 /// An irqfd: signalling `event` raises interrupt line `line`.
 #[derive(Clone)]
 pub struct Interrupt {
-    /// Global interrupt number; 0 to 15 are the ISA lines that the MP table describes.
+    /// Global interrupt number; 0 to 15 are the ISA lines that the MP table describes, those from
+    /// [`crate::layout::FIRST_MESSAGE`] are messages.
     pub line: u32,
     /// What raises it.
     pub event: Arc<EventFd>,

@@ -1,4 +1,4 @@
-//! The machine's GPU: host-proxy's device behind the virtio-mmio transport, its aperture in a memory slot.
+//! The machine's GPU: host-proxy's device behind a virtio transport, its aperture in a memory slot.
 //!
 //! `vm` attaches it. Requests and responses pass between the guest and host-proxy without this module;
 //! it must never look into them.
@@ -19,9 +19,14 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{self, Attachment};
+use crate::kvm::{KvmError, Machine};
 use crate::memory::{Ram, Range};
+use crate::msix::Msix;
+use crate::pci::Function;
 use crate::vhost_user::{self, FrontEnd, Guest, Link, LinkError};
-use crate::virtio_mmio::{Backend, SharedMemory, VirtioMmio, register};
+use crate::virtio::{Backend, SharedMemory, Virtio};
+use crate::virtio_mmio::{VirtioMmio, register};
+use crate::virtio_pci::{self, VirtioPci};
 use crate::{cpuid, layout};
 
 /// The GPU that a machine is to have.
@@ -66,6 +71,16 @@ impl fmt::Debug for Gpu {
     }
 }
 
+/// How a guest finds the GPU.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Transport {
+    /// By virtio-mmio, which the kernel's command line announces ([`crate::virtio_mmio`]).
+    #[default]
+    Mmio,
+    /// On the PCI bus, by itself ([`crate::virtio_pci`]).
+    Pci,
+}
+
 /// Why a machine cannot have this GPU.
 #[derive(Debug, thiserror::Error)]
 pub enum GpuError {
@@ -80,6 +95,9 @@ pub enum GpuError {
         /// What the processor has.
         bits: u32,
     },
+    /// On PCI, it would not be aligned to its size.
+    #[error("an aperture of {} does not fit into a PCI BAR at {:#x}: choose --aperture {} or less, or --transport mmio", size::display(*.0), layout::APERTURE_BASE, size::display(layout::APERTURE_BAR_MAX))]
+    ApertureBar(u64),
     /// The host has no address space for it.
     #[error("cannot reserve {} of address space for the aperture ({error}): choose a smaller --aperture", size::display(*.size))]
     Reserve {
@@ -94,6 +112,14 @@ pub enum GpuError {
     /// The daemon.
     #[error(transparent)]
     Daemon(#[from] LinkError),
+    /// A daemon raises one interrupt for all queues, not those of PCI.
+    #[error(
+        "the GPU of a pvgpu-proxyd is on virtio-mmio alone: leave --transport pci out, or choose another --gpu"
+    )]
+    DaemonOnPci,
+    /// KVM cannot interrupt the guest as PCI does.
+    #[error(transparent)]
+    Kvm(#[from] KvmError),
 }
 
 /// The device behind the transport.
@@ -169,7 +195,7 @@ impl Backend for GpuDevice {
     }
 }
 
-impl Guest for VirtioMmio<GpuDevice> {
+impl Guest for Virtio<GpuDevice> {
     fn device_lost(&self) {
         self.lose();
     }
@@ -218,10 +244,12 @@ impl Backend for Device {
 
 /// The GPU as the machine holds it.
 pub(crate) struct Attached {
-    /// The transport with the device behind it.
-    pub transport: Arc<VirtioMmio<GpuDevice>>,
+    /// The device, which its transport drives.
+    pub device: Arc<Virtio<GpuDevice>>,
     /// What goes onto the bus.
     pub attachment: Attachment,
+    /// What goes onto the PCI bus.
+    pub function: Option<Arc<dyn Function>>,
     /// Where the aperture is in this process, if there is one, for its memory slot.
     pub aperture: Option<Arc<Reservation>>,
     /// Takes the vCPUs back from the device.
@@ -261,16 +289,17 @@ pub(crate) fn range(window: &Reservation) -> Range {
 /// Makes the device and its transport.
 pub(crate) fn attach(
     gpu: Gpu,
+    transport: Transport,
     ram: &Ram,
     sandbox: Sandbox,
-    supported: &kvm_bindings::CpuId,
+    machine: &Machine,
 ) -> Result<Attached, GpuError> {
-    let bits = cpuid::physical_address_bits(supported);
+    let bits = cpuid::physical_address_bits(machine.supported_cpuid());
     let window = |size| match size {
         0 => Ok(None),
-        size => reserve(size, bits).map(Arc::new).map(Some),
+        size => reserve(size, transport, bits).map(Arc::new).map(Some),
     };
-    let event = Arc::new(EventFd::new(EFD_NONBLOCK).map_err(GpuError::Events)?);
+    let event = new_event()?;
     let (device, window, doorbells, off, system_calls) = match gpu {
         Gpu::InProcess {
             driver,
@@ -291,6 +320,7 @@ pub(crate) fn attach(
             let device = GpuDevice::InProcess(Box::new(device));
             (device, window, doorbells, Off::Device(off), calls)
         }
+        Gpu::VhostUser { .. } if transport == Transport::Pci => return Err(GpuError::DaemonOnPci),
         Gpu::VhostUser { socket, aperture } => {
             let (connection, offer) = vhost_user::connect(&socket, aperture)?;
             let window = window(offer.aperture)?;
@@ -310,9 +340,13 @@ pub(crate) fn attach(
         }
     };
     let doorbells = (0..).zip(doorbells).map(|(queue, event)| {
+        let (offset, value) = match transport {
+            Transport::Mmio => (register::QUEUE_NOTIFY, Some(u32::from(queue))),
+            Transport::Pci => (virtio_pci::doorbell(queue), None),
+        };
         Ok(bus::Doorbell {
-            offset: register::QUEUE_NOTIFY,
-            value: Some(queue),
+            offset,
+            value,
             event: Arc::new(event.map_err(GpuError::Events)?),
         })
     });
@@ -322,36 +356,84 @@ pub(crate) fn attach(
         base: range.guest,
         size: range.size,
     });
-    let transport = Arc::new(VirtioMmio::new(
-        device,
-        ram.map().clone(),
-        region,
-        Arc::clone(&event),
-    ));
-    let attachment = Attachment {
-        base: layout::GPU_MMIO,
-        size: layout::GPU_MMIO_SIZE,
-        device: Arc::clone(&transport) as _,
-        doorbells,
-        interrupts: vec![bus::Interrupt {
-            line: layout::GPU_IRQ,
-            event,
-        }],
+    let memory = ram.map().clone();
+    let (device, attachment, function): (_, _, Option<Arc<dyn Function>>) = match transport {
+        Transport::Mmio => {
+            let transport = VirtioMmio::new(device, memory, region, Arc::clone(&event));
+            let device = Arc::clone(&transport);
+            let attachment = Attachment {
+                base: layout::GPU_MMIO,
+                size: layout::GPU_MMIO_SIZE,
+                device: Arc::new(transport),
+                doorbells,
+                interrupts: vec![bus::Interrupt {
+                    line: layout::GPU_IRQ,
+                    event,
+                }],
+            };
+            (device, attachment, None)
+        }
+        Transport::Pci => {
+            // One for the configuration, one for each queue.
+            let (msix, interrupts) = messages(device.queue_max_sizes().len() + 1, machine)?;
+            let transport = Arc::new(VirtioPci::new(device, memory, region, msix));
+            let device: Arc<Virtio<_>> = Arc::clone(&transport);
+            let attachment = Attachment {
+                base: layout::GPU_BAR.into(),
+                size: layout::GPU_BAR_SIZE.into(),
+                device: Arc::clone(&transport) as _,
+                doorbells,
+                interrupts,
+            };
+            (device, attachment, Some(transport as _))
+        }
     };
     Ok(Attached {
-        transport,
+        device,
         attachment,
+        function,
         aperture: window,
         off,
         system_calls,
     })
 }
 
-fn reserve(size: u64, bits: u32) -> Result<Reservation, GpuError> {
+fn new_event() -> Result<Arc<EventFd>, GpuError> {
+    let event = EventFd::new(EFD_NONBLOCK).map_err(GpuError::Events)?;
+    Ok(Arc::new(event))
+}
+
+/// So many vectors, and the interrupts of KVM that send their messages.
+fn messages(count: usize, machine: &Machine) -> Result<(Msix, Vec<bus::Interrupt>), GpuError> {
+    let events = (0..count).map(|_| new_event());
+    let events = events.collect::<Result<Vec<_>, _>>()?;
+    let interrupts = (layout::FIRST_MESSAGE..).zip(events.iter().cloned());
+    let interrupts = interrupts.map(|(line, event)| bus::Interrupt { line, event });
+    let interrupts = interrupts.collect();
+    let router = machine.router()?;
+    let warned = AtomicBool::new(false);
+    let route = move |messages: &[_]| {
+        // Once: a guest may change them as often as it likes.
+        if let Err(error) = router.route(messages)
+            && !warned.swap(true, Ordering::Relaxed)
+        {
+            log::warn!("the guest misses interrupts of its GPU: {error}");
+        }
+    };
+    Ok((Msix::new(events, Box::new(route)), interrupts))
+}
+
+fn reserve(size: u64, transport: Transport, bits: u32) -> Result<Reservation, GpuError> {
     if !size.is_multiple_of(4096) {
         return Err(GpuError::ApertureSize(size));
     }
-    let end = layout::APERTURE_BASE.checked_add(size);
+    // A BAR has a power of two.
+    let room = match transport {
+        Transport::Mmio => size,
+        Transport::Pci if size <= layout::APERTURE_BAR_MAX => size.next_power_of_two(),
+        Transport::Pci => return Err(GpuError::ApertureBar(size)),
+    };
+    let end = layout::APERTURE_BASE.checked_add(room);
     if end.is_none_or(|end| bits < 64 && end > 1 << bits) {
         return Err(GpuError::AddressBits { size, bits });
     }
@@ -364,12 +446,23 @@ mod tests {
 
     #[test]
     fn an_aperture_that_cannot_be_is_refused_with_a_remedy() {
-        let refused = |size, bits| reserve(size, bits).map(drop).unwrap_err().to_string();
+        let on = |transport, size, bits| {
+            reserve(size, transport, bits)
+                .map(drop)
+                .unwrap_err()
+                .to_string()
+        };
+        let refused = |size, bits| on(Transport::Mmio, size, bits);
         assert!(refused(4097, 46).contains("multiple of 4K"));
         assert!(refused(1 << 20, 36).contains("36 physical address bits"));
         assert!(refused(1 << 39, 39).contains("smaller --aperture"));
         assert!(refused(!0xfff, 52).contains("address bits"));
         assert!(refused(1 << 49, 52).contains("cannot reserve 512T"));
-        assert_eq!(reserve(1 << 20, 37).unwrap().size(), 1 << 20);
+        let refused_on_pci = |size, bits| on(Transport::Pci, size, bits);
+        assert!(refused_on_pci((64 << 30) + 4096, 52).contains("--aperture 64G or less"));
+        assert!(refused_on_pci((32 << 30) + 4096, 36).contains("address bits"));
+        for transport in [Transport::Mmio, Transport::Pci] {
+            assert_eq!(reserve(3 << 20, transport, 37).unwrap().size(), 3 << 20);
+        }
     }
 }

@@ -10,10 +10,13 @@ use std::ffi::CString;
 use std::os::fd::FromRawFd;
 use std::os::unix::ffi::OsStrExt;
 use std::path::{Path, PathBuf};
+use std::sync::{Arc, Weak};
 
 use kvm_bindings::{
-    CpuId, KVM_API_VERSION, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, kvm_pit_config,
-    kvm_userspace_memory_region,
+    CpuId, KVM_API_VERSION, KVM_IRQ_ROUTING_IRQCHIP, KVM_IRQ_ROUTING_MSI, KVM_IRQCHIP_IOAPIC,
+    KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY,
+    KvmIrqRouting, kvm_irq_routing_entry, kvm_irq_routing_entry__bindgen_ty_1,
+    kvm_irq_routing_irqchip, kvm_irq_routing_msi, kvm_pit_config, kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, IoEventAddress, Kvm, NoDatamatch, VcpuFd, VmFd};
 use vmm_sys_util::eventfd::EventFd;
@@ -21,6 +24,8 @@ use vmm_sys_util::eventfd::EventFd;
 use crate::bus::Attachment;
 use crate::layout;
 use crate::memory::Range;
+use crate::msix::Message;
+use crate::virtio::{high, low};
 
 /// Where KVM is found unless somebody says otherwise.
 pub const DEVICE: &str = "/dev/kvm";
@@ -87,6 +92,12 @@ pub const CAPABILITIES: &[Capability] = &[
         cap: Cap::ImmediateExit,
         required: true,
         purpose: "stopping vCPUs",
+    },
+    Capability {
+        name: "IRQ_ROUTING",
+        cap: Cap::IrqRouting,
+        required: false,
+        purpose: "interrupts of a GPU on PCI (--transport pci)",
     },
     Capability {
         name: "SET_IDENTITY_MAP_ADDR",
@@ -196,7 +207,7 @@ pub fn open(path: &Path) -> Result<Kvm, KvmError> {
 /// A VM without processors.
 #[derive(Debug)]
 pub struct Machine {
-    vm: VmFd,
+    vm: Arc<VmFd>,
     supported: CpuId,
 }
 
@@ -230,7 +241,10 @@ impl Machine {
             ..Default::default()
         })
         .map_err(KvmError::at("create a timer"))?;
-        Ok(Self { vm, supported })
+        Ok(Self {
+            vm: Arc::new(vm),
+            supported,
+        })
     }
 
     /// The CPUID leaves that KVM can give a guest.
@@ -295,6 +309,17 @@ impl Machine {
         Ok(())
     }
 
+    /// What tells KVM the messages that interrupts from [`layout::FIRST_MESSAGE`] on send.
+    ///
+    /// # Errors
+    ///
+    /// When KVM cannot be told.
+    pub fn router(&self) -> Result<Router, KvmError> {
+        let router = Router(Arc::downgrade(&self.vm));
+        router.route(&[])?;
+        Ok(router)
+    }
+
     /// Adds a processor.
     ///
     /// # Errors
@@ -305,6 +330,64 @@ impl Machine {
             .create_vcpu(u64::from(index))
             .map_err(KvmError::at("create a vCPU"))
     }
+}
+
+/// See [`Machine::router`]. It does not keep the machine from ending.
+#[derive(Debug)]
+pub struct Router(Weak<VmFd>);
+
+impl Router {
+    /// Has each interrupt with a message send it, and the interrupt controllers' inputs go where KVM has them from the start.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn route(&self, messages: &[Option<Message>]) -> Result<(), KvmError> {
+        let Some(vm) = self.0.upgrade() else {
+            return Ok(());
+        };
+        let at = KvmError::at("route interrupts");
+        match KvmIrqRouting::from_entries(&routes(messages)) {
+            Ok(routing) => vm.set_gsi_routing(&routing).map_err(at),
+            Err(_) => Err(at(kvm_ioctls::Error::new(libc::E2BIG))),
+        }
+    }
+}
+
+/// KVM's routing table: lines 0 to 15 to both kinds of interrupt controller, those to 23 to the I/O interrupt controller, then
+/// messages.
+fn routes(messages: &[Option<Message>]) -> Vec<kvm_irq_routing_entry> {
+    let input = |gsi, irqchip, pin| kvm_irq_routing_entry {
+        gsi,
+        type_: KVM_IRQ_ROUTING_IRQCHIP,
+        u: kvm_irq_routing_entry__bindgen_ty_1 {
+            irqchip: kvm_irq_routing_irqchip { irqchip, pin },
+        },
+        ..Default::default()
+    };
+    let pic = (0..16).map(|line| match line {
+        0..8 => input(line, KVM_IRQCHIP_PIC_MASTER, line),
+        _ => input(line, KVM_IRQCHIP_PIC_SLAVE, line - 8),
+    });
+    let io_apic = (0..layout::FIRST_MESSAGE).map(|line| input(line, KVM_IRQCHIP_IOAPIC, line));
+    let messages = (layout::FIRST_MESSAGE..).zip(messages);
+    let messages = messages.filter_map(|(gsi, message)| {
+        let Message { address, data } = (*message)?;
+        Some(kvm_irq_routing_entry {
+            gsi,
+            type_: KVM_IRQ_ROUTING_MSI,
+            u: kvm_irq_routing_entry__bindgen_ty_1 {
+                msi: kvm_irq_routing_msi {
+                    address_lo: low(address),
+                    address_hi: high(address),
+                    data,
+                    ..Default::default()
+                },
+            },
+            ..Default::default()
+        })
+    });
+    pic.chain(io_apic).chain(messages).collect()
 }
 
 #[cfg(test)]

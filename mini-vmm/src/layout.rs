@@ -31,11 +31,32 @@ pub const EXTRA_MMIO: u64 = 0xd000_2000;
 /// End (exclusive) of the range for extra devices.
 pub const EXTRA_MMIO_END: u64 = 0xe000_0000;
 
+/// BAR 0 of the GPU on PCI: its registers ([`crate::virtio_pci`]), aligned to its size.
+pub const GPU_BAR: u32 = 0xe000_0000;
+
+/// Size of that BAR in bytes.
+pub const GPU_BAR_SIZE: u32 = 0x8000;
+
 /// The aperture: virtio shared-memory region 0 of the GPU, above all RAM this monitor can give.
 pub const APERTURE_BASE: u64 = 0x10_0000_0000;
 
+/// Largest aperture on PCI: a BAR, which is aligned to its size.
+pub const APERTURE_BAR_MAX: u64 = APERTURE_BASE;
+
 /// Identifier of the aperture among the GPU's virtio shared-memory regions.
 pub const APERTURE_REGION: u32 = 0;
+
+/// Address port of the PCI bus; its four data ports follow at [`PCI_DATA_PORT`].
+pub const PCI_ADDRESS_PORT: u16 = 0xcf8;
+
+/// First data port of the PCI bus.
+pub const PCI_DATA_PORT: u16 = 0xcfc;
+
+/// The last data port of the PCI bus.
+pub const PCI_LAST_PORT: u16 = 0xcff;
+
+/// First interrupt number that is a message of the GPU on PCI: those below are inputs of the I/O interrupt controller.
+pub const FIRST_MESSAGE: u32 = 24;
 
 /// First port of the 16550 serial port.
 pub const SERIAL_PORT: u16 = 0x3f8;
@@ -157,6 +178,7 @@ mod tests {
             (GPU_MMIO, GPU_MMIO_SIZE),
             (DEBUG_MMIO, DEBUG_MMIO_SIZE),
             (EXTRA_MMIO, EXTRA_MMIO_END - EXTRA_MMIO),
+            (u64::from(GPU_BAR), u64::from(GPU_BAR_SIZE)),
             (u64::from(IOAPIC), 0x1000),
             (u64::from(LAPIC), 0x1000),
             (IDENTITY_MAP_PAGE, 0x1000),

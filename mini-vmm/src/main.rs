@@ -19,7 +19,7 @@ use pvgpu_host_proxy::soft::SoftConfig;
 use pvgpu_host_proxy::statistics::Statistics;
 use pvgpu_host_proxy::{logging, privacy, rlimit, size};
 use pvgpu_mini_vmm::{
-    Console, DumpTarget, Ending, Gpu, Vm, VmConfig, VmError, check, kvm, terminal,
+    Console, DumpTarget, Ending, Gpu, Transport, Vm, VmConfig, VmError, check, kvm, terminal,
 };
 
 /// Exit status of errors of usage and environment.
@@ -76,6 +76,9 @@ struct Run {
     /// pvgpu-proxyd that listens there and knows the GPU, its limits and all else of it) or 'none'.
     #[arg(long, value_name = "GPU", default_value = "soft", value_parser = GpuChoice::parse)]
     gpu: GpuChoice,
+    /// How the guest finds the GPU: 'mmio' as the kernel's command line tells it, 'pci' on a PCI bus, by itself.
+    #[arg(long, value_enum, default_value_t = TransportChoice::Mmio)]
+    transport: TransportChoice,
     /// Size of the window in which the guest sees the GPU's memory; 0 for none. With vhost-user, the daemon knows the size.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     aperture: u64,
@@ -135,6 +138,13 @@ impl GpuChoice {
             }),
         }
     }
+}
+
+/// A value of `--transport`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
+enum TransportChoice {
+    Mmio,
+    Pci,
 }
 
 /// A value of `--doorbell`.
@@ -321,6 +331,10 @@ fn run(options: Run) -> Result<u8, String> {
     let config = VmConfig {
         only_devices,
         gpu: gpu(&options, trace)?,
+        transport: match options.transport {
+            TransportChoice::Mmio => Transport::Mmio,
+            TransportChoice::Pci => Transport::Pci,
+        },
         kvm: options.kvm,
         initrd: options.initrd,
         cmdline: options.cmdline,

@@ -1,4 +1,4 @@
-//! Port I/O: the serial port, the CMOS clock's few registers that kernels look at, and the reset line.
+//! Port I/O: the serial port, the PCI bus, the CMOS clock's few registers that kernels look at, and the reset line.
 //!
 //! vCPU threads call it for every port exit. KVM itself has the interrupt controllers and the timer.
 //! Ports that nobody answers read as all ones, as on a PC.
@@ -6,21 +6,24 @@
 use std::sync::atomic::{AtomicU8, Ordering};
 
 use crate::layout;
+use crate::pci::PciBus;
 use crate::serial::Port;
 use crate::stop::{Ending, Stop};
 
 /// Everything behind the machine's I/O ports.
 pub struct Ports {
     serial: Port,
+    pci: Option<PciBus>,
     stop: Stop,
     cmos_index: AtomicU8,
 }
 
 impl Ports {
-    /// Ports with this serial port; a reset ends the machine through `stop`.
-    pub fn new(serial: Port, stop: Stop) -> Self {
+    /// Ports with this serial port and PCI bus; a reset ends the machine through `stop`.
+    pub fn new(serial: Port, pci: Option<PciBus>, stop: Stop) -> Self {
         Self {
             serial,
+            pci,
             stop,
             cmos_index: AtomicU8::new(0),
         }
@@ -34,12 +37,22 @@ impl Ports {
             .filter(|_| register < layout::SERIAL_PORTS)
     }
 
+    /// The PCI bus, if `port` is one of its ports.
+    fn pci_bus(&self, port: u16) -> Option<&PciBus> {
+        let ports = layout::PCI_ADDRESS_PORT..=layout::PCI_LAST_PORT;
+        self.pci.as_ref().filter(|_| ports.contains(&port))
+    }
+
     /// The guest wrote `data` to `port`. A string instruction's bytes all go to the same register.
     pub fn write(&self, port: u16, data: &[u8]) {
         if let Some(register) = Self::serial_register(port) {
             for byte in data {
                 self.serial.write(register, *byte);
             }
+            return;
+        }
+        if let Some(pci) = self.pci_bus(port) {
+            pci.write(port, data);
             return;
         }
         match (port, data.first()) {
@@ -60,6 +73,10 @@ impl Ports {
             for byte in data {
                 *byte = self.serial.read(register);
             }
+            return;
+        }
+        if let Some(pci) = self.pci_bus(port) {
+            pci.read(port, data);
             return;
         }
         data.fill(match port {
@@ -87,7 +104,7 @@ mod tests {
     fn ports() -> (Stop, Ports) {
         let stop = Stop::new().unwrap();
         let serial = Port::new(Box::new(std::io::sink())).unwrap();
-        (stop.clone(), Ports::new(serial, stop))
+        (stop.clone(), Ports::new(serial, None, stop))
     }
 
     #[test]

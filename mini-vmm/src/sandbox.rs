@@ -3,7 +3,7 @@
 //!
 //! `vm` puts its vCPU threads under theirs; `main` those of its own that are left.
 
-use kvm_bindings::{KVMIO, kvm_regs, kvm_translation};
+use kvm_bindings::{KVMIO, kvm_irq_routing, kvm_regs, kvm_translation};
 use pvgpu_host_proxy::sandbox::{Allowed, Filter, Sandbox, SandboxError};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -27,6 +27,12 @@ pub static VCPU: &[Allowed] = &[
     Allowed::any(libc::SYS_ftruncate, DUMP),
     Allowed::any(libc::SYS_lseek, DUMP),
 ];
+
+/// What it does, too, when the GPU is on PCI.
+pub static VCPU_PCI: &[Allowed] = &[Allowed::ioctl(
+    kvm(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>()),
+    "the guest has said which messages are its interrupts",
+)];
 
 const DAEMON: &str = "looks for the GPU's daemon when it is gone";
 
@@ -77,11 +83,15 @@ pub(crate) struct Filters {
 }
 
 impl Filters {
-    /// The filters of a machine whose devices make these calls.
-    pub(crate) fn new(sandbox: Sandbox, devices: &[Allowed]) -> Result<Self, SandboxError> {
+    /// The filters of a machine whose devices make these calls, and its vCPUs these besides.
+    pub(crate) fn new(
+        sandbox: Sandbox,
+        devices: &[Allowed],
+        vcpus: &[Allowed],
+    ) -> Result<Self, SandboxError> {
         Ok(Self {
             // What a vCPU does most stands first.
-            vcpu: Filter::new(sandbox, VCPU.iter().chain(devices))?,
+            vcpu: Filter::new(sandbox, VCPU.iter().chain(vcpus).chain(devices))?,
             monitor: Filter::new(sandbox, MONITOR.iter().chain(devices))?,
             link: Filter::new(sandbox, LINK.iter().chain(MONITOR).chain(devices))?,
         })

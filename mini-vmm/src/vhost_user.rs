@@ -32,7 +32,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::layout;
 use crate::memory::Range;
-use crate::virtio_mmio::Backend;
+use crate::virtio::Backend;
 
 /// Most descriptors of a queue, whatever more the daemon might have.
 const QUEUE_SIZE: u16 = 256;

@@ -1,25 +1,21 @@
 //! The virtio-mmio transport, version 2: the registers through which a guest finds, negotiates with and
 //! notifies a device. Virtio 1.2, section 4.2.2.
 //!
-//! vCPU threads call it through the bus; what is behind it is a [`Backend`]. It trusts no register
-//! write: values are kept as they came and judged when the driver says that it is ready; a driver that
-//! breaks the rules gets DEVICE_NEEDS_RESET or is ignored, and may always start over with a reset.
+//! vCPU threads call it through the bus; what is behind it is a [`Virtio`] device.
 
-use std::sync::atomic::{AtomicBool, AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, RwLockReadGuard, RwLockWriteGuard};
+use std::ops::Deref;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU32, Ordering};
 
 use pvgpu_host_proxy::device::Interrupt;
-use virtio_bindings::virtio_config::{
-    VIRTIO_CONFIG_S_ACKNOWLEDGE, VIRTIO_CONFIG_S_DRIVER, VIRTIO_CONFIG_S_DRIVER_OK,
-    VIRTIO_CONFIG_S_FAILED, VIRTIO_CONFIG_S_FEATURES_OK, VIRTIO_CONFIG_S_NEEDS_RESET,
-    VIRTIO_F_VERSION_1,
-};
-use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
-use virtio_queue::{Queue, QueueT};
-use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::MmioDevice;
+use crate::virtio::{
+    Backend, INTERRUPT_CONFIG, INTERRUPT_QUEUE, Line, Registers, SharedMemory, Virtio, high, low,
+    set_high, set_low,
+};
 
 /// Register offsets of section 4.2.2; the device's configuration space follows at [`CONFIG`](register::CONFIG).
 pub mod register {
@@ -63,65 +59,14 @@ pub const NON_LEGACY: u32 = 2;
 /// Value of VendorID: "PVGP".
 pub const VENDOR: u32 = u32::from_le_bytes(*b"PVGP");
 
-/// Interrupt cause: a queue has used buffers.
-const INTERRUPT_QUEUE: u32 = 1 << 0;
-/// Interrupt cause: the configuration or the status changed.
-const INTERRUPT_CONFIG: u32 = 1 << 1;
-
-const ACKNOWLEDGE: u32 = VIRTIO_CONFIG_S_ACKNOWLEDGE;
-const DRIVER: u32 = VIRTIO_CONFIG_S_DRIVER;
-const DRIVER_OK: u32 = VIRTIO_CONFIG_S_DRIVER_OK;
-const FEATURES_OK: u32 = VIRTIO_CONFIG_S_FEATURES_OK;
-const NEEDS_RESET: u32 = VIRTIO_CONFIG_S_NEEDS_RESET;
-const FAILED: u32 = VIRTIO_CONFIG_S_FAILED;
-
-/// A device behind the transport.
-pub trait Backend: Send + Sync {
-    /// Virtio device number.
-    fn device_id(&self) -> u32;
-    /// Offered feature bits.
-    fn features(&self) -> u64;
-    /// Largest size of each queue.
-    fn queue_max_sizes(&self) -> &[u16];
-    /// Reads configuration space; bytes beyond its end read as zero.
-    fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// Whether it signals the interrupt line itself, past this transport: then any interrupt may be one of its queues.
-    fn raises_interrupts(&self) -> bool {
-        false
-    }
-    /// Starts work on the queues that are ready; the error says why it cannot.
-    fn activate(
-        &mut self,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
-        features: u64,
-        queues: Vec<Queue>,
-        interrupt: Arc<dyn Interrupt>,
-    ) -> Result<(), String>;
-    /// Queue `queue` of an active device was notified. Called from several threads at once.
-    fn notify(&self, queue: u16);
-    /// Ends everything that `activate` and the driver started.
-    fn reset(&mut self);
-}
-
-/// A shared-memory region of the device in guest-physical memory.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct SharedMemory {
-    /// Its identifier.
-    pub id: u32,
-    /// Guest-physical address.
-    pub base: u64,
-    /// Length in bytes.
-    pub size: u64,
-}
-
 /// The interrupt line of the transport: causes for the guest to read and an irqfd to raise it.
 #[derive(Debug)]
-pub struct Line {
+pub struct IrqLine {
     causes: AtomicU32,
     event: Arc<EventFd>,
 }
 
-impl Line {
+impl IrqLine {
     fn raise(&self, cause: u32) {
         self.causes.fetch_or(cause, Ordering::SeqCst);
         // A full counter is an interrupt that is pending already.
@@ -129,7 +74,7 @@ impl Line {
     }
 }
 
-impl Interrupt for Line {
+impl Interrupt for IrqLine {
     fn signal_queue(&self, _queue: u16) {
         self.raise(INTERRUPT_QUEUE);
     }
@@ -139,57 +84,27 @@ impl Interrupt for Line {
     }
 }
 
-/// What the driver has written, as it came.
-#[derive(Debug, Default)]
-struct Registers {
-    status: u32,
-    device_features_sel: u32,
-    driver_features_sel: u32,
-    driver_features: u64,
-    queue_sel: u32,
-    shm_sel: u32,
-    queues: Vec<QueueRegisters>,
-}
-
-#[derive(Debug, Default, Clone, Copy)]
-struct QueueRegisters {
-    size: u32,
-    ready: bool,
-    desc: u64,
-    driver: u64,
-    device: u64,
+impl Line for IrqLine {
+    fn reset(&self) {
+        self.causes.store(0, Ordering::SeqCst);
+    }
 }
 
 /// The transport in front of one device.
-#[derive(Debug)]
 pub struct VirtioMmio<D> {
-    device: RwLock<D>,
-    registers: Mutex<Registers>,
-    /// Whether the device works on queues: read without a lock on every notification.
-    active: AtomicBool,
-    /// [`Backend::raises_interrupts`].
+    /// [`crate::virtio::Backend::raises_interrupts`].
     raises_interrupts: bool,
-    line: Arc<Line>,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    virtio: Arc<Virtio<D>>,
+    line: Arc<IrqLine>,
     shared_memory: Option<SharedMemory>,
-    notifications: AtomicU64,
-    warned: AtomicBool,
 }
 
-fn set_low(value: &mut u64, low: u32) {
-    *value = *value & !0xffff_ffff | u64::from(low);
-}
+impl<D> Deref for VirtioMmio<D> {
+    type Target = Arc<Virtio<D>>;
 
-fn set_high(value: &mut u64, high: u32) {
-    *value = *value & 0xffff_ffff | u64::from(high) << 32;
-}
-
-fn low(value: u64) -> u32 {
-    (value & 0xffff_ffff) as u32
-}
-
-fn high(value: u64) -> u32 {
-    (value >> 32) as u32
+    fn deref(&self) -> &Self::Target {
+        &self.virtio
+    }
 }
 
 impl<D: Backend> VirtioMmio<D> {
@@ -200,75 +115,22 @@ impl<D: Backend> VirtioMmio<D> {
         shared_memory: Option<SharedMemory>,
         event: Arc<EventFd>,
     ) -> Self {
-        let registers = Registers::new(device.queue_max_sizes().len());
+        let line = Arc::new(IrqLine {
+            causes: AtomicU32::new(0),
+            event,
+        });
         Self {
             raises_interrupts: device.raises_interrupts(),
-            device: RwLock::new(device),
-            registers: Mutex::new(registers),
-            active: AtomicBool::new(false),
-            line: Arc::new(Line {
-                causes: AtomicU32::new(0),
-                event,
-            }),
-            memory,
+            virtio: Arc::new(Virtio::new(device, memory, Arc::clone(&line) as _)),
+            line,
             shared_memory,
-            notifications: AtomicU64::new(0),
-            warned: AtomicBool::new(false),
         }
-    }
-
-    /// The device, for reading.
-    pub fn device(&self) -> RwLockReadGuard<'_, D> {
-        self.device.read().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// How many notifications left the guest as exits (those that signalled an ioeventfd do not).
-    pub fn notifications(&self) -> u64 {
-        self.notifications.load(Ordering::Relaxed)
-    }
-
-    /// Resets the device as the driver would, and with it everything that the guest had open.
-    pub fn reset(&self) {
-        self.reset_registers(&mut self.registers());
-    }
-
-    /// The device is gone: it needs a reset, and the driver hears of that.
-    pub fn lose(&self) {
-        let mut registers = self.registers();
-        self.active.store(false, Ordering::SeqCst);
-        if registers.status & DRIVER_OK != 0 {
-            registers.status |= NEEDS_RESET;
-            self.line.signal_config();
-        }
-    }
-
-    /// The device that was gone is there again: a driver that waits for that, or has tried before, can reset it now.
-    pub fn find(&self) {
-        // Without a lock: a vCPU may hold it that waits for the device.
-        self.line.signal_config();
-    }
-
-    fn device_mut(&self) -> RwLockWriteGuard<'_, D> {
-        self.device.write().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn registers(&self) -> MutexGuard<'_, Registers> {
-        self.registers
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn reset_registers(&self, registers: &mut Registers) {
-        self.active.store(false, Ordering::SeqCst);
-        self.device_mut().reset();
-        *registers = Registers::new(registers.queues.len());
-        self.line.causes.store(0, Ordering::SeqCst);
     }
 
     fn read_register(&self, offset: u64) -> u32 {
         if offset == register::INTERRUPT_STATUS {
             // Read in every interrupt: without the lock.
-            let unknown = self.raises_interrupts && self.active.load(Ordering::SeqCst);
+            let unknown = self.raises_interrupts && self.active();
             let queue = if unknown { INTERRUPT_QUEUE } else { 0 };
             return self.line.causes.load(Ordering::SeqCst) | queue;
         }
@@ -281,19 +143,8 @@ impl<D: Backend> VirtioMmio<D> {
             register::VERSION => NON_LEGACY,
             register::DEVICE_ID => self.device().device_id(),
             register::VENDOR_ID => VENDOR,
-            register::DEVICE_FEATURES => match registers.device_features_sel {
-                0 => low(self.device().features()),
-                1 => high(self.device().features()),
-                _ => 0,
-            },
-            register::QUEUE_NUM_MAX => {
-                let queue = usize::try_from(registers.queue_sel).unwrap_or(usize::MAX);
-                self.device()
-                    .queue_max_sizes()
-                    .get(queue)
-                    .copied()
-                    .map_or(0, u32::from)
-            }
+            register::DEVICE_FEATURES => self.device_features(&registers),
+            register::QUEUE_NUM_MAX => self.queue_max_size(&registers).into(),
             register::QUEUE_READY => registers.selected().is_some_and(|queue| queue.ready).into(),
             register::STATUS => registers.status,
             // A region that does not exist has length and base of all ones (section 4.2.2.1).
@@ -309,162 +160,40 @@ impl<D: Backend> VirtioMmio<D> {
 
     fn write_register(&self, offset: u64, value: u32) {
         match offset {
-            // The doorbell: no register lock, so that vCPUs with queues of their own never contend.
-            register::QUEUE_NOTIFY => {
-                self.notifications.fetch_add(1, Ordering::Relaxed);
-                if let Ok(queue) = u16::try_from(value)
-                    && self.active.load(Ordering::SeqCst)
-                {
-                    self.device().notify(queue);
-                }
-            }
+            register::QUEUE_NOTIFY => self.notify(value),
             register::INTERRUPT_ACK => {
                 self.line.causes.fetch_and(!value, Ordering::SeqCst);
             }
             register::STATUS => self.write_status(value),
             register::QUEUE_READY => self.write_queue_ready(value),
-            _ => self.registers().write(offset, value),
-        }
-    }
-
-    /// Status bits are only ever added; a write of zero takes them all back.
-    fn write_status(&self, value: u32) {
-        let mut registers = self.registers();
-        if value == 0 {
-            self.reset_registers(&mut registers);
-            return;
-        }
-        let mut added =
-            value & !registers.status & (ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK | FAILED);
-        if added & FEATURES_OK != 0 && !self.acceptable(registers.driver_features) {
-            added &= !FEATURES_OK;
-        }
-        registers.status |= added & !DRIVER_OK;
-        let negotiated = registers.status & (FEATURES_OK | FAILED | NEEDS_RESET) == FEATURES_OK;
-        if added & DRIVER_OK != 0 && negotiated {
-            registers.status |= DRIVER_OK;
-            if let Err(reason) = self.activate(&registers) {
-                // Once: a guest may try as often as it likes.
-                if !self.warned.swap(true, Ordering::Relaxed) {
-                    log::warn!("the guest's driver cannot start the GPU: {reason}");
-                }
-                registers.status |= NEEDS_RESET;
-                drop(registers);
-                self.line.signal_config();
-            }
-        }
-    }
-
-    fn acceptable(&self, driver_features: u64) -> bool {
-        let offered = self.device().features();
-        driver_features & !offered == 0 && driver_features & 1 << VIRTIO_F_VERSION_1 != 0
-    }
-
-    fn activate(&self, registers: &Registers) -> Result<(), String> {
-        let mut device = self.device_mut();
-        let event_idx = registers.driver_features & 1 << VIRTIO_RING_F_EVENT_IDX != 0;
-        let queues = registers
-            .queues
-            .iter()
-            .zip(device.queue_max_sizes())
-            .map(|(queue, max)| queue.build(*max, event_idx))
-            .collect::<Result<Vec<_>, _>>()
-            .map_err(|error| error.to_string())?;
-        let line = Arc::clone(&self.line);
-        device.activate(self.memory.clone(), registers.driver_features, queues, line)?;
-        self.active.store(true, Ordering::SeqCst);
-        Ok(())
-    }
-
-    /// While queues are being set up this makes one ready or not. In operation a driver may only stop a
-    /// queue; the device has no use for fewer queues, so that ends its work until the next reset.
-    fn write_queue_ready(&self, value: u32) {
-        let mut registers = self.registers();
-        let in_operation = registers.status & DRIVER_OK != 0;
-        let configurable = registers.configurable();
-        let Some(queue) = registers.selected_mut() else {
-            return;
-        };
-        if in_operation && value == 0 && queue.ready {
-            queue.ready = false;
-            self.active.store(false, Ordering::SeqCst);
-            self.device_mut().reset();
-            registers.status |= NEEDS_RESET;
-        } else if configurable {
-            queue.ready = value & 1 != 0;
+            _ => write_value(&mut self.registers(), offset, value),
         }
     }
 }
 
-impl Registers {
-    fn new(queues: usize) -> Self {
-        Self {
-            queues: vec![QueueRegisters::default(); queues],
-            ..Self::default()
-        }
-    }
-
-    fn selected(&self) -> Option<&QueueRegisters> {
-        self.queues.get(usize::try_from(self.queue_sel).ok()?)
-    }
-
-    fn selected_mut(&mut self) -> Option<&mut QueueRegisters> {
-        self.queues.get_mut(usize::try_from(self.queue_sel).ok()?)
-    }
-
-    /// Queues are set up between FEATURES_OK and DRIVER_OK (section 3.1.1).
-    fn configurable(&self) -> bool {
-        self.status & (FEATURES_OK | DRIVER_OK | FAILED) == FEATURES_OK
-    }
-
-    /// Registers without an effect beyond their value.
-    fn write(&mut self, offset: u64, value: u32) {
-        match offset {
-            register::DEVICE_FEATURES_SEL => self.device_features_sel = value,
-            register::DRIVER_FEATURES_SEL => self.driver_features_sel = value,
-            register::DRIVER_FEATURES if self.status & FEATURES_OK == 0 => {
-                match self.driver_features_sel {
-                    0 => set_low(&mut self.driver_features, value),
-                    1 => set_high(&mut self.driver_features, value),
-                    _ => {}
-                }
+/// Registers without an effect beyond their value.
+fn write_value(registers: &mut Registers, offset: u64, value: u32) {
+    match offset {
+        register::DEVICE_FEATURES_SEL => registers.device_features_sel = value,
+        register::DRIVER_FEATURES_SEL => registers.driver_features_sel = value,
+        register::DRIVER_FEATURES => registers.write_driver_features(value),
+        register::QUEUE_SEL => registers.queue_sel = value,
+        register::SHM_SEL => registers.shm_sel = value,
+        _ => {
+            let Some(queue) = registers.selected_for_setup() else {
+                return;
+            };
+            match offset {
+                register::QUEUE_NUM => queue.size = value,
+                register::QUEUE_DESC_LOW => set_low(&mut queue.desc, value),
+                register::QUEUE_DESC_HIGH => set_high(&mut queue.desc, value),
+                register::QUEUE_DRIVER_LOW => set_low(&mut queue.driver, value),
+                register::QUEUE_DRIVER_HIGH => set_high(&mut queue.driver, value),
+                register::QUEUE_DEVICE_LOW => set_low(&mut queue.device, value),
+                register::QUEUE_DEVICE_HIGH => set_high(&mut queue.device, value),
+                _ => {}
             }
-            register::QUEUE_SEL => self.queue_sel = value,
-            register::SHM_SEL => self.shm_sel = value,
-            _ if self.configurable() => {
-                // A queue that is ready is not changed any more (section 4.2.2.2).
-                let Some(queue) = self.selected_mut().filter(|queue| !queue.ready) else {
-                    return;
-                };
-                match offset {
-                    register::QUEUE_NUM => queue.size = value,
-                    register::QUEUE_DESC_LOW => set_low(&mut queue.desc, value),
-                    register::QUEUE_DESC_HIGH => set_high(&mut queue.desc, value),
-                    register::QUEUE_DRIVER_LOW => set_low(&mut queue.driver, value),
-                    register::QUEUE_DRIVER_HIGH => set_high(&mut queue.driver, value),
-                    register::QUEUE_DEVICE_LOW => set_low(&mut queue.device, value),
-                    register::QUEUE_DEVICE_HIGH => set_high(&mut queue.device, value),
-                    _ => {}
-                }
-            }
-            _ => {}
         }
-    }
-}
-
-impl QueueRegisters {
-    /// The queue that the registers describe, or what is wrong with them.
-    fn build(&self, max: u16, event_idx: bool) -> Result<Queue, virtio_queue::Error> {
-        let mut queue = Queue::new(max)?;
-        if self.ready {
-            queue.try_set_size(u16::try_from(self.size).unwrap_or(0))?;
-            queue.try_set_desc_table_address(GuestAddress(self.desc))?;
-            queue.try_set_avail_ring_address(GuestAddress(self.driver))?;
-            queue.try_set_used_ring_address(GuestAddress(self.device))?;
-            queue.set_event_idx(event_idx);
-            queue.set_ready(true);
-        }
-        Ok(queue)
     }
 }
 
@@ -493,70 +222,10 @@ mod tests {
     use super::register::*;
     use super::*;
     use crate::memory::Ram;
+    use crate::virtio::recorder::{FEATURES, READY_TO_GO, Recorder};
+    use crate::virtio::{ACKNOWLEDGE, DRIVER, DRIVER_OK, FEATURES_OK, NEEDS_RESET};
+    use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
-
-    const FEATURES: u64 = 1 << VIRTIO_F_VERSION_1 | 1 << VIRTIO_RING_F_EVENT_IDX;
-    const READY_TO_GO: u32 = ACKNOWLEDGE | DRIVER | FEATURES_OK | DRIVER_OK;
-
-    /// Whether a queue is ready, its size, and its three addresses.
-    type Ring = (bool, u16, u64, u64, u64);
-
-    /// Records what the transport asks of it.
-    #[derive(Default)]
-    struct Recorder {
-        refuse: bool,
-        resets: u32,
-        activations: Vec<(u64, Vec<Ring>)>,
-        notified: Mutex<Vec<u16>>,
-    }
-
-    impl Backend for Recorder {
-        fn device_id(&self) -> u32 {
-            63
-        }
-        fn features(&self) -> u64 {
-            FEATURES
-        }
-        fn queue_max_sizes(&self) -> &[u16] {
-            &[256, 64]
-        }
-        fn read_config(&self, offset: u64, data: &mut [u8]) {
-            for (byte, value) in data.iter_mut().zip(offset..) {
-                *byte = value as u8;
-            }
-        }
-        fn activate(
-            &mut self,
-            _: GuestMemoryAtomic<GuestMemoryMmap>,
-            features: u64,
-            queues: Vec<Queue>,
-            _: Arc<dyn Interrupt>,
-        ) -> Result<(), String> {
-            if self.refuse {
-                return Err("the test says so".into());
-            }
-            let queues = queues
-                .iter()
-                .map(|q| {
-                    (
-                        q.ready(),
-                        q.size(),
-                        q.desc_table(),
-                        q.avail_ring(),
-                        q.used_ring(),
-                    )
-                })
-                .collect();
-            self.activations.push((features, queues));
-            Ok(())
-        }
-        fn notify(&self, queue: u16) {
-            self.notified.lock().unwrap().push(queue);
-        }
-        fn reset(&mut self) {
-            self.resets += 1;
-        }
-    }
 
     struct Guest {
         _ram: Ram,

@@ -22,15 +22,16 @@ use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use crate::boot::{self, BootError};
 use crate::bus::{Attachment, Bus, Overlap};
 use crate::debug::{Debug, DumpTarget};
-use crate::gpu::{self, Gpu, GpuDevice, GpuError, Off};
+use crate::gpu::{self, Gpu, GpuDevice, GpuError, Off, Transport};
 use crate::kvm::{self, KvmError, Machine};
 use crate::memory::{MemoryError, Ram};
+use crate::pci::PciBus;
 use crate::ports::Ports;
-use crate::sandbox::Filters;
+use crate::sandbox::{self, Filters};
 use crate::serial::{Console, Port};
 use crate::stop::{Ending, Stop};
 use crate::vcpu::{self, ExitCounters, Exits, Kick, Surroundings, Vcpu};
-use crate::virtio_mmio::VirtioMmio;
+use crate::virtio::Virtio;
 use crate::{events, layout};
 
 /// A machine that does not exist yet. [`VmConfig::new`] gives a modest one; change its fields.
@@ -50,6 +51,8 @@ pub struct VmConfig {
     pub cpus: u8,
     /// The GPU; none where a machine is to have none.
     pub gpu: Option<Gpu>,
+    /// How the guest finds the GPU.
+    pub transport: Transport,
     /// Where the guest's serial console goes and comes from.
     pub console: Console,
     /// Where the guest's dumps go.
@@ -75,6 +78,7 @@ impl VmConfig {
             memory: 256 << 20,
             cpus: 1,
             gpu: None,
+            transport: Transport::default(),
             console: Console::output(io::stdout()),
             dump: None,
             sandbox: Sandbox::default(),
@@ -156,7 +160,7 @@ pub struct Vm {
     machine: Machine,
     around: Surroundings,
     debug: Arc<Debug>,
-    transport: Option<Arc<VirtioMmio<GpuDevice>>>,
+    gpu: Option<Arc<Virtio<GpuDevice>>>,
     gpu_off: Option<Off>,
     port: Port,
     input: Option<(File, bool)>,
@@ -194,7 +198,7 @@ impl Vm {
                 kernel: &config.kernel,
                 initrd: &config.initrd,
                 cmdline: &config.cmdline,
-                announcements: &announcements(config.gpu.is_some()),
+                announcements: &announcements(config.gpu.as_ref().map(|_| config.transport)),
                 cpus: config.cpus,
             },
         )?;
@@ -228,13 +232,13 @@ impl Vm {
             doorbells: Vec::new(),
             interrupts: Vec::new(),
         })?;
-        let mut transport = None;
+        let mut gpu = None;
         let mut gpu_off = None;
         let mut aperture = None;
+        let mut pci = None;
         let mut system_calls = [THREAD, DEVICE].concat();
-        if let Some(gpu) = config.gpu {
-            let supported = machine.supported_cpuid();
-            let attached = gpu::attach(gpu, &ram, config.sandbox, supported)?;
+        if let Some(wanted) = config.gpu {
+            let attached = gpu::attach(wanted, config.transport, &ram, config.sandbox, &machine)?;
             aperture = attached.aperture;
             if let Some(range) = aperture.as_deref().map(gpu::range) {
                 // SAFETY: the reservation stays mapped, whatever is mapped inside, for as long as it lives;
@@ -244,7 +248,10 @@ impl Vm {
             }
             bus.attach(attached.attachment)?;
             system_calls = attached.system_calls;
-            transport = Some(attached.transport);
+            pci = attached
+                .function
+                .map(|function| PciBus::new(vec![function]));
+            gpu = Some(attached.device);
             gpu_off = Some(attached.off);
         }
         for device in config.devices {
@@ -260,13 +267,17 @@ impl Vm {
             .collect::<Result<_, _>>()?;
         let around = Surroundings {
             bus: Arc::new(bus),
-            ports: Arc::new(Ports::new(port.clone(), stop.clone())),
+            ports: Arc::new(Ports::new(port.clone(), pci, stop.clone())),
             memory: ram.map().clone(),
             aperture,
             stop,
             triple_fault_resets: resets_by_triple_fault(&config.cmdline),
         };
-        let filters = Filters::new(config.sandbox, &system_calls)?;
+        let vcpu_calls = match config.transport {
+            Transport::Mmio => &[],
+            Transport::Pci => sandbox::VCPU_PCI,
+        };
+        let filters = Filters::new(config.sandbox, &system_calls, vcpu_calls)?;
         let input = config
             .console
             .input
@@ -276,7 +287,7 @@ impl Vm {
             machine,
             around,
             debug,
-            transport,
+            gpu,
             gpu_off,
             port,
             input,
@@ -299,7 +310,7 @@ impl Vm {
     pub fn counters(&self) -> Counters {
         Counters {
             exits: self.vcpus.iter().map(|(vcpu, _)| vcpu.exits()).collect(),
-            transport: self.transport.as_ref().map(Arc::downgrade),
+            gpu: self.gpu.as_ref().map(Arc::downgrade),
         }
     }
 
@@ -340,7 +351,7 @@ impl Vm {
             input,
             port,
             gpu_off,
-            transport,
+            gpu,
             debug,
             around,
             machine,
@@ -363,11 +374,11 @@ impl Vm {
                 }
             }
         }
-        if let (Some(Off::Link(link)), Some(transport)) = (&gpu_off, &transport)
+        if let (Some(Off::Link(link)), Some(gpu)) = (&gpu_off, &gpu)
             && result.is_ok()
         {
-            let (link, transport) = (Arc::clone(link), Arc::clone(transport));
-            let look_after = move || link.run(&*transport);
+            let (link, gpu) = (Arc::clone(link), Arc::clone(gpu));
+            let look_after = move || link.run(&*gpu);
             match filters.link.spawn("pvgpu-link".into(), look_after) {
                 Ok(thread) => link_thread = Some(thread),
                 Err(error) => {
@@ -418,16 +429,16 @@ impl Vm {
             .ending()
             .unwrap_or(Ending::Stopped { signal: None });
         // Counted before the end of the session, which takes its counters with it.
-        let doorbell_exits = transport.as_ref().map_or(0, |t| t.notifications());
-        let gpu = transport.as_ref().and_then(|t| t.device().statistics());
-        drop((machine, around, debug, port, transport));
+        let doorbell_exits = gpu.as_ref().map_or(0, |gpu| gpu.notifications());
+        let statistics = gpu.as_ref().and_then(|gpu| gpu.device().statistics());
+        drop((machine, around, debug, port, gpu));
         drop(ram);
         Ok(Outcome {
             exit_code: ending.status(),
             ending,
             exits: sum(&exits),
             doorbell_exits,
-            gpu,
+            gpu: statistics,
             dump,
         })
     }
@@ -436,7 +447,7 @@ impl Vm {
 /// What a machine counts while it runs. Its machine may end; then the GPU's counters are gone.
 pub struct Counters {
     exits: Vec<Arc<ExitCounters>>,
-    transport: Option<Weak<VirtioMmio<GpuDevice>>>,
+    gpu: Option<Weak<Virtio<GpuDevice>>>,
 }
 
 impl Counters {
@@ -447,8 +458,8 @@ impl Counters {
 
     /// What the GPU has counted so far; none if there is no GPU any more.
     pub fn gpu(&self) -> Option<Statistics> {
-        let transport = self.transport.as_ref()?.upgrade()?;
-        transport.device().statistics()
+        let gpu = self.gpu.as_ref()?.upgrade()?;
+        gpu.device().statistics()
     }
 }
 
@@ -458,10 +469,10 @@ fn sum(exits: &[Arc<ExitCounters>]) -> Exits {
     all
 }
 
-/// What tells the guest's kernel where the machine's devices are.
-fn announcements(gpu: bool) -> Vec<String> {
+/// What tells the guest's kernel where the machine's devices are. It finds a GPU on PCI by itself.
+fn announcements(gpu: Option<Transport>) -> Vec<String> {
     let mut announcements = vec![format!("pvgpu.debug={:#x}", layout::DEBUG_MMIO)];
-    if gpu {
+    if gpu == Some(Transport::Mmio) {
         announcements.push(format!(
             "virtio_mmio.device={}@{:#x}:{}",
             size::display(layout::GPU_MMIO_SIZE),
@@ -495,13 +506,15 @@ mod tests {
     #[test]
     fn the_gpu_is_announced_as_linux_expects() {
         assert_eq!(
-            announcements(true),
+            announcements(Some(Transport::Mmio)),
             [
                 "pvgpu.debug=0xd0001000",
                 "virtio_mmio.device=4K@0xd0000000:5"
             ]
         );
-        assert_eq!(announcements(false), ["pvgpu.debug=0xd0001000"]);
+        for other in [Some(Transport::Pci), None] {
+            assert_eq!(announcements(other), ["pvgpu.debug=0xd0001000"]);
+        }
     }
 
     #[test]

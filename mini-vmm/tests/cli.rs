@@ -381,6 +381,18 @@ fn the_guests_exit_code_becomes_the_programs() {
 }
 
 #[test]
+fn a_gpu_on_pci_is_not_announced() {
+    if !with_kvm() {
+        return;
+    }
+    let options = ["--cmdline", "hello", "--transport", "pci"];
+    let output = run(kernel(kernels::linux_reporter()).path(), &options);
+    assert_eq!(output.status.code(), Some(42));
+    let text = String::from_utf8_lossy(&output.stdout);
+    assert_eq!(text, "hello pvgpu.debug=0xd0001000\n");
+}
+
+#[test]
 fn with_json_standard_output_is_one_object_and_the_console_is_standard_error() {
     if !with_kvm() {
         return;

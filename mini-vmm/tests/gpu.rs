@@ -11,7 +11,7 @@ use machine::boot;
 use pvgpu_host_proxy::Errno;
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity};
-use pvgpu_mini_vmm::{DumpTarget, Ending, Gpu, Outcome, layout, virtio_mmio};
+use pvgpu_mini_vmm::{DumpTarget, Ending, Gpu, Outcome, Transport, layout, virtio_mmio};
 
 /// A host whose GPU cannot be opened.
 struct Unplugged(Identity);
@@ -107,9 +107,14 @@ fn a_gpu_without_an_aperture_has_no_shared_memory_region() {
     assert_eq!(registers(0)[4..8], [u32::MAX; 4]);
 }
 
-fn ring(doorbell: Doorbell) -> Outcome {
-    let (outcome, _) = boot(&kernels::elf(kernels::gpu_start()), |config| {
+fn ring(transport: Transport, doorbell: Doorbell) -> Outcome {
+    let kernel = match transport {
+        Transport::Mmio => kernels::gpu_start(),
+        Transport::Pci => kernels::gpu_on_pci(),
+    };
+    let (outcome, _) = boot(&kernels::elf(kernel), |config| {
         config.gpu = Some(gpu(2 << 20, doorbell));
+        config.transport = transport;
     });
     assert_eq!(
         outcome.ending,
@@ -124,9 +129,11 @@ fn an_inline_doorbell_is_an_exit() {
     if !with_kvm() {
         return;
     }
-    let outcome = ring(Doorbell::Inline);
-    assert_eq!(outcome.doorbell_exits, 1);
-    assert_eq!(outcome.gpu.unwrap().doorbells, 1);
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let outcome = ring(transport, Doorbell::Inline);
+        assert_eq!(outcome.doorbell_exits, 1, "{transport:?}");
+        assert_eq!(outcome.gpu.unwrap().doorbells, 1, "{transport:?}");
+    }
 }
 
 #[test]
@@ -134,8 +141,10 @@ fn a_worker_doorbell_goes_through_the_kernel_without_an_exit() {
     if !with_kvm() {
         return;
     }
-    let inline = ring(Doorbell::Inline);
-    let worker = ring(Doorbell::Worker);
-    assert_eq!(worker.doorbell_exits, 0);
-    assert_eq!(worker.exits.mmio_writes + 1, inline.exits.mmio_writes);
+    for transport in [Transport::Mmio, Transport::Pci] {
+        let inline = ring(transport, Doorbell::Inline);
+        let worker = ring(transport, Doorbell::Worker);
+        assert_eq!(worker.doorbell_exits, 0, "{transport:?}");
+        assert_eq!(worker.exits.mmio_writes + 1, inline.exits.mmio_writes);
+    }
 }

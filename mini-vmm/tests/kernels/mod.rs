@@ -284,6 +284,57 @@ kernel!(
     .long 0x44, 1,  0x70, 15,  0x50, 0,  -1
 "#);
 
+kernel!(
+    /// Finds the GPU on the PCI bus, enables and unmasks an MSI-X vector, brings the GPU into operation with one empty queue of
+    /// 16, rings its doorbell once and exits with the device's status; with 1 where there is no GPU.
+    gpu_on_pci, gpu_on_pci_start, gpu_on_pci_end, r#"
+    mov ebx, 1
+    mov eax, 0x80000800
+    call 8f
+    in eax, dx
+    cmp eax, 0x107f1af4
+    jne 6f
+    mov eax, 0x80000840
+    call 8f
+    mov edx, 0xcfe
+    mov eax, 0x8000
+    out dx, ax
+    mov eax, 0x80000810
+    call 8f
+    in eax, dx
+    mov edi, eax
+    lea rsi, [rip + 7f]
+2:  mov ecx, [rsi]
+    cmp ecx, -1
+    je 5f
+    mov edx, [rsi + 4]
+    mov eax, [rsi + 8]
+    add rsi, 12
+    cmp edx, 2
+    je 3f
+    ja 4f
+    mov [rdi + rcx], al
+    jmp 2b
+3:  mov [rdi + rcx], ax
+    jmp 2b
+4:  mov [rdi + rcx], eax
+    jmp 2b
+5:  movzx ebx, byte ptr [rdi + 0x14]
+6:  mov edi, 0xd0001000
+    mov [rdi], ebx
+9:  jmp 9b
+8:  mov edx, 0xcf8
+    out dx, eax
+    mov edx, 0xcfc
+    ret
+7:  .long 0x4010, 4, 0xfee00000,  0x4014, 4, 0,  0x4018, 4, 0x41,  0x401c, 4, 0
+    .long 0x14, 1, 1,  0x14, 1, 3
+    .long 0x08, 4, 1,  0x0c, 4, 1,  0x08, 4, 0,  0x0c, 4, 0,  0x14, 1, 11
+    .long 0x16, 2, 0,  0x18, 2, 16,  0x1a, 2, 1
+    .long 0x20, 4, 0x200000,  0x24, 4, 0,  0x28, 4, 0x201000,  0x2c, 4, 0,  0x30, 4, 0x202000,  0x34, 4, 0
+    .long 0x1c, 2, 1,  0x14, 1, 15,  0x3000, 2, 0,  -1
+"#);
+
 /// Where the code of an ELF kernel is loaded.
 const LOAD: u64 = 0x10_0000;
 

@@ -868,12 +868,7 @@ fn unload() -> Result<(), Failure> {
 /// Unloads the module and loads it again, as the first process of the guest has.
 fn load_again() -> Result<(), Failure> {
     unload()?;
-    let command_line = std::fs::read_to_string("/proc/cmdline")?;
-    let device = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("virtio_mmio.device="));
-    let device = device.ok_or("the command line does not say where the GPU is")?;
-    Ok(modules::load("pvgpu.ko", &format!("mmio={device}"))?)
+    Ok(modules::load_guest_driver()?)
 }
 
 fn module_in_use(gpu: &Gpu) -> Result<(), Failure> {

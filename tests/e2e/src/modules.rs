@@ -16,6 +16,52 @@ pub fn load_all() -> Result<(), String> {
     Ok(())
 }
 
+/// Loads the guest driver, told where the GPU is as the kernel's command line has it; on PCI that says nothing.
+pub fn load_guest_driver() -> Result<(), String> {
+    let command_line = fs::read_to_string("/proc/cmdline")
+        .map_err(|error| format!("cannot read /proc/cmdline: {error}"))?;
+    load(GUEST_DRIVER, &guest_driver_parameters(&command_line))
+}
+
+/// The file of the guest driver.
+pub const GUEST_DRIVER: &str = "pvgpu.ko";
+
+/// The guest driver's parameters where the kernel has that command line.
+pub fn guest_driver_parameters(command_line: &str) -> String {
+    let device = command_line
+        .split_whitespace()
+        .find_map(|word| word.strip_prefix("virtio_mmio.device="));
+    device.map_or_else(String::new, |device| format!("mmio={device}"))
+}
+
+/// Whether there is that file in `/modules`.
+pub fn exists(file: &str) -> bool {
+    fs::exists(format!("/modules/{file}")).is_ok_and(|there| there)
+}
+
+/// Whether udev loads the module in that file of `/modules` for a device with that `modalias`.
+pub fn is_for(file: &str, modalias: &str) -> Result<bool, String> {
+    let module = fs::read(format!("/modules/{file}"))
+        .map_err(|error| format!("cannot read module {file}: {error}"))?;
+    // They stand in the module as strings that end by NUL.
+    let mut aliases = module.split(|byte| *byte == 0).filter_map(|text| {
+        let alias = text.strip_prefix(b"alias=")?;
+        std::str::from_utf8(alias).ok()
+    });
+    Ok(aliases.any(|alias| matches(alias, modalias)))
+}
+
+/// Whether `text` is what `pattern` says, whose stars stand for anything.
+fn matches(pattern: &str, text: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == text,
+        Some((start, rest)) => text.strip_prefix(start).is_some_and(|text| {
+            let mut ends = text.char_indices().map(|(at, _)| at).chain([text.len()]);
+            ends.any(|end| matches(rest, &text[end..]))
+        }),
+    }
+}
+
 /// Loads the module in the file of that name in `/modules`, with `parameters` (`name=value ...`).
 pub fn load(file: &str, parameters: &str) -> Result<(), String> {
     let because = |what: &str| format!("cannot {what} module {file}");
@@ -24,4 +70,29 @@ pub fn load(file: &str, parameters: &str) -> Result<(), String> {
     let parameters = CString::new(parameters).map_err(|error| error.to_string())?;
     syscall::load_module(&module, &parameters)
         .map_err(|error| format!("{}: {error}", because("load")))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stars_of_an_alias_stand_for_anything() {
+        let alias = "pci:v00001AF4d*sv*sd*bc*sc*i*";
+        let device = "pci:v00001AF4d0000107Fsv00001AF4sd0000107Fbc03sc80i00";
+        assert!(matches(alias, device));
+        assert!(matches("virtio:d0000003Fv*", "virtio:d0000003Fv00001AF4"));
+        assert!(matches("a*", "a"));
+        for (pattern, text) in [
+            (
+                alias,
+                "pci:v00001AF5d0000107Fsv00001AF4sd0000107Fbc03sc80i00",
+            ),
+            ("virtio:d0000003Fv*", "virtio:d00000010v00001AF4"),
+            ("a", "ab"),
+            ("*a", "b"),
+        ] {
+            assert!(!matches(pattern, text), "{pattern} {text}");
+        }
+    }
 }

@@ -14,6 +14,7 @@ pub mod soft_commands;
 pub mod trace;
 pub mod vhost_user;
 pub mod virtio_mmio;
+pub mod virtio_pci;
 pub mod virtqueue;
 
 use pvgpu_host_proxy::session::{RESPONSE_HEADER, Response};
@@ -28,6 +29,7 @@ pub type Target = (&'static str, fn(&[u8]));
 pub const TARGETS: &[Target] = &[
     ("vhost_user", vhost_user::run),
     ("virtio_mmio", virtio_mmio::run),
+    ("virtio_pci", virtio_pci::run),
     ("virtqueue", virtqueue::run),
     ("decode", decode::run),
     ("round_trip", round_trip::run),

@@ -10,28 +10,29 @@ use arbitrary::{Arbitrary, Result, Unstructured};
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Doorbell};
 use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_mini_vmm::bus::MmioDevice;
-use pvgpu_mini_vmm::virtio_mmio::{MAGIC, NON_LEGACY, SharedMemory, VENDOR, VirtioMmio, register};
+use pvgpu_mini_vmm::virtio::SharedMemory;
+use pvgpu_mini_vmm::virtio_mmio::{MAGIC, NON_LEGACY, VENDOR, VirtioMmio, register};
 use pvgpu_protocol::wire::CONFIG_MAGIC;
 use std::sync::{Arc, LazyLock};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 /// Bytes of guest memory.
-const MEMORY: usize = 0x4000;
+pub(crate) const MEMORY: usize = 0x4000;
 /// Most entries of a queue.
-const SIZE: u16 = 16;
+pub(crate) const SIZE: u16 = 16;
 
 /// Bits of the status register.
-const ACKNOWLEDGE: u32 = 1;
-const DRIVER: u32 = 2;
-const DRIVER_OK: u32 = 4;
-const FEATURES_OK: u32 = 8;
-const NEEDS_RESET: u32 = 64;
+pub(crate) const ACKNOWLEDGE: u32 = 1;
+pub(crate) const DRIVER: u32 = 2;
+pub(crate) const DRIVER_OK: u32 = 4;
+pub(crate) const FEATURES_OK: u32 = 8;
+pub(crate) const NEEDS_RESET: u32 = 64;
 const FAILED: u32 = 128;
-const KNOWN: u32 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | NEEDS_RESET | FAILED;
+pub(crate) const KNOWN: u32 = ACKNOWLEDGE | DRIVER | DRIVER_OK | FEATURES_OK | NEEDS_RESET | FAILED;
 
 /// The guest's memory. Mapping it anew for each input would take longer than the input.
-static GUEST: LazyLock<GuestMemoryAtomic<GuestMemoryMmap>> = LazyLock::new(|| {
+pub(crate) static GUEST: LazyLock<GuestMemoryAtomic<GuestMemoryMmap>> = LazyLock::new(|| {
     let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]);
     GuestMemoryAtomic::new(memory.expect("a few pages"))
 });
@@ -222,7 +223,7 @@ impl Driver {
 }
 
 /// Puts a request and room for its response into memory, as a chain of the queue at address 0.
-fn offer(what: u8, number: u16) {
+pub(crate) fn offer(what: u8, number: u16) {
     let requests = prelude("virtio_gpu");
     let bytes = &requests[usize::from(what) % requests.len()];
     let head = number % (SIZE / 2) * 2;
@@ -248,7 +249,7 @@ fn offer(what: u8, number: u16) {
     store(0x402, &number.wrapping_add(1).to_le_bytes());
 }
 
-fn store(address: usize, bytes: &[u8]) {
+pub(crate) fn store(address: usize, bytes: &[u8]) {
     let address = GuestAddress(u64::try_from(address).expect("64 bits"));
     let memory = GUEST.memory();
     memory.write_slice(bytes, address).expect("in memory");

@@ -8,6 +8,7 @@
 
 use std::fs;
 use std::os::fd::AsFd;
+use std::path::Path;
 use std::process::{Command, ExitCode};
 
 use pvgpu_e2e::semantics::guest;
@@ -39,9 +40,9 @@ const NODE: &str = "/dev/dri/renderD128";
 const BUSYBOX: &str = "/bin/busybox";
 
 /// Loads the guest driver, draws on its node by the program `native`, unloads the driver, and all that once more.
-fn draw(driver: &str, device: &str) -> Result<(), String> {
+fn draw(driver: &str) -> Result<(), String> {
     for _ in 0..2 {
-        with_driver(device, || {
+        with_driver(|| {
             let open =
                 fs::File::open(NODE).map_err(|error| format!("cannot open {NODE}: {error}"))?;
             if syscall::unload_module(c"pvgpu").is_ok() {
@@ -55,9 +56,9 @@ fn draw(driver: &str, device: &str) -> Result<(), String> {
 }
 
 /// Runs `line` by a shell with the guest driver loaded. The console has what it writes between two lines of ours.
-fn run(line: &str, device: &str) -> Result<(), String> {
+fn run(line: &str) -> Result<(), String> {
     succeed(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
-    with_driver(device, || {
+    with_driver(|| {
         println!("l2-init: running");
         let result = succeed(
             Command::new(BUSYBOX)
@@ -72,14 +73,38 @@ fn run(line: &str, device: &str) -> Result<(), String> {
 }
 
 /// Does `job` with the guest driver loaded, then unloads it, which fails while anything has its node open.
-fn with_driver(device: &str, job: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
-    modules::load("pvgpu.ko", &format!("mmio={device}"))?;
+fn with_driver(job: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
+    modules::load_guest_driver()?;
+    loaded_by_itself()?;
     job()?;
     syscall::unload_module(c"pvgpu")
         .map_err(|error| format!("cannot unload the module: {error}"))?;
     match fs::exists(NODE) {
         Ok(false) => Ok(()),
         _ => Err(format!("{NODE} is still there without its module")),
+    }
+}
+
+/// Fails unless udev would load the guest driver for the GPU's device and, where that is on PCI, what finds it there, unless that
+/// is part of the kernel.
+fn loaded_by_itself() -> Result<(), String> {
+    let device = guest::device().map_err(|error| error.to_string())?;
+    let device = fs::canonicalize(format!("/sys/bus/virtio/devices/{device}"))
+        .map_err(|error| format!("cannot find {device} in /sys: {error}"))?;
+    has_module(modules::GUEST_DRIVER, &device)?;
+    match device.parent() {
+        Some(parent) if parent.join("vendor").exists() && modules::exists("virtio_pci.ko") => {
+            has_module("virtio_pci.ko", parent)
+        }
+        _ => Ok(()),
+    }
+}
+
+fn has_module(file: &str, device: &Path) -> Result<(), String> {
+    let modalias = read(&device.join("modalias").to_string_lossy())?;
+    match modules::is_for(file, modalias.trim())? {
+        true => Ok(()),
+        false => Err(format!("{file} has no alias for {}", modalias.trim())),
     }
 }
 
@@ -169,25 +194,23 @@ fn report_and_end() -> Result<(), String> {
     let [driver, checked, line] =
         ["l2.draw", "l2.descriptors", "l2.run"].map(|name| parameter(&command_line, name));
     if driver.or(checked).or(line).is_some() {
-        let device = parameter(&command_line, "virtio_mmio.device")
-            .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
         modules::load_all()?;
         if let Some(driver) = driver {
-            draw(driver, device)?;
+            draw(driver)?;
         }
         if let Some(driver) = checked {
-            with_driver(device, || {
+            with_driver(|| {
                 succeed(Command::new("/bin/node-descriptors").args(["--driver", driver, "--guest"]))
             })?;
         }
         if let Some(line) = line {
-            run(line, device)?;
+            run(line)?;
         }
         no_complaint()?;
     }
     let semantics = parameter(&command_line, "l2.semantics");
     if let Some(driver) = semantics {
-        guest::run(driver, &command_line)?;
+        guest::run(driver)?;
     }
     let address = debug_device::announced_address(&command_line)
         .ok_or("the command line does not say where the debug device is (pvgpu.debug=)")?;

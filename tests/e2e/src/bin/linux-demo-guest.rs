@@ -49,18 +49,14 @@ fn run() -> Result<(), String> {
         .map_err(|error| format!("cannot read /proc/cmdline: {error}"))?;
     let debug = debug_device::announced_address(&command_line)
         .ok_or("the command line does not say where the debug device is (pvgpu.debug=)")?;
-    let device = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("virtio_mmio.device="))
-        .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
     let plan = Plan::of_command_line(&command_line)
         .ok_or("the command line does not say what to draw (demo.scene=, ...)")?;
 
     modules::load_all()?;
-    let where_it_is = format!("mmio={device}");
+    let where_it_is = modules::guest_driver_parameters(&command_line);
     println!("$ insmod pvgpu.ko {where_it_is}");
     let start = Instant::now();
-    modules::load("pvgpu.ko", &where_it_is)?;
+    modules::load(modules::GUEST_DRIVER, &where_it_is)?;
     while !fs::exists(NODE).unwrap_or(false) {
         if start.elapsed() > PATIENCE {
             return Err(format!("the module is loaded and there is no {NODE}"));

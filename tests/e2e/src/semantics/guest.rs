@@ -77,7 +77,7 @@ fn in_use(gpu: &Gpu) -> Result<Option<String>, Failure> {
 }
 
 /// The name of the device on the virtio bus.
-fn device() -> Result<String, Failure> {
+pub fn device() -> Result<String, Failure> {
     fs::read_dir("/sys/bus/virtio/devices")?
         .filter_map(|entry| entry.ok())
         .find(|entry| {
@@ -225,8 +225,8 @@ fn allocated() -> Result<i64, Failure> {
 const OUR_TAINT: u64 = 1 << 12 | 1 << 13;
 
 /// Loads the module, runs the program with all checks, unloads the module; then loads and unloads it until a leak would show.
-pub fn run(driver: &str, command_line: &str) -> Result<(), String> {
-    check(driver, command_line).map_err(|error| format!("node-semantics: {error}"))
+pub fn run(driver: &str) -> Result<(), String> {
+    check(driver).map_err(|error| format!("node-semantics: {error}"))
 }
 
 fn program(arguments: &[&str]) -> Result<(), Failure> {
@@ -239,12 +239,7 @@ fn program(arguments: &[&str]) -> Result<(), Failure> {
     }
 }
 
-fn check(driver: &str, command_line: &str) -> Result<(), Failure> {
-    let device = command_line
-        .split_whitespace()
-        .find_map(|word| word.strip_prefix("virtio_mmio.device="))
-        .ok_or("the command line does not say where the GPU is (virtio_mmio.device=)")?;
-    let parameters = format!("mmio={device}");
+fn check(driver: &str) -> Result<(), Failure> {
     for (kind, target) in [(c"sysfs", c"/sys"), (c"debugfs", c"/sys/kernel/debug")] {
         let folder = target.to_string_lossy().into_owned();
         if kind == c"sysfs" {
@@ -257,12 +252,12 @@ fn check(driver: &str, command_line: &str) -> Result<(), Failure> {
     }
     modules::load_all()?;
     // The module is loaded for each of both, so that a test can look at the first one's requests alone.
-    modules::load("pvgpu.ko", &parameters)?;
+    modules::load_guest_driver()?;
     // The range of the aperture: without a reservation as write-back a processor would not cache what a program maps.
     let memory_types = fs::read_to_string("/sys/kernel/debug/x86/pat_memtype_list")?;
     program(&["--driver", driver])?;
     syscall::unload_module(c"pvgpu")?;
-    modules::load("pvgpu.ko", &parameters)?;
+    modules::load_guest_driver()?;
     program(&["--driver", driver, "--guest"])?;
     if !memory_types.lines().any(|line| line.contains("write-back")) {
         return Err(format!("the aperture is not mapped write-back: {memory_types}").into());
@@ -275,7 +270,7 @@ fn check(driver: &str, command_line: &str) -> Result<(), Failure> {
         if round == 10 {
             before = allocated()?;
         }
-        modules::load("pvgpu.ko", &parameters)?;
+        modules::load_guest_driver()?;
         drop(Gpu::find(driver)?);
         syscall::unload_module(c"pvgpu")?;
     }

@@ -5,7 +5,7 @@ use std::process::Command;
 use std::time::Duration;
 
 use super::boot::EXIT_CODE;
-use super::linux::Guest;
+use super::linux::{Guest, ON_PCI};
 use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::ensure;
@@ -21,27 +21,31 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "descriptors_of_vgem_are_the_same_in_a_linux_6_1_guest",
-        run: || in_guest("6.1", &VGEM, "inline"),
+        run: || in_guest("6.1", &VGEM, "inline", &[]),
     },
     Test {
         name: "descriptors_of_virtio_gpu_are_the_same_in_a_linux_6_1_guest",
-        run: || in_guest("6.1", &VIRTIO_GPU, "inline"),
+        run: || in_guest("6.1", &VIRTIO_GPU, "inline", &[]),
     },
     Test {
         name: "descriptors_of_the_embedded_gpu_are_the_same_in_a_linux_6_1_guest",
-        run: || in_guest("6.1", &SOFT, "worker"),
+        run: || in_guest("6.1", &SOFT, "worker", &[]),
     },
     Test {
         name: "descriptors_of_vgem_are_the_same_in_a_linux_6_12_guest",
-        run: || in_guest("6.12", &VGEM, "worker"),
+        run: || in_guest("6.12", &VGEM, "worker", &[]),
     },
     Test {
         name: "descriptors_of_virtio_gpu_are_the_same_in_a_linux_6_12_guest",
-        run: || in_guest("6.12", &VIRTIO_GPU, "worker"),
+        run: || in_guest("6.12", &VIRTIO_GPU, "worker", &[]),
     },
     Test {
         name: "descriptors_of_the_embedded_gpu_are_the_same_in_a_linux_6_12_guest",
-        run: || in_guest("6.12", &SOFT, "inline"),
+        run: || in_guest("6.12", &SOFT, "inline", &[]),
+    },
+    Test {
+        name: "descriptors_of_virtio_gpu_are_the_same_in_a_linux_6_12_guest_on_pci",
+        run: || in_guest("6.12", &VIRTIO_GPU, "worker", ON_PCI),
     },
 ];
 
@@ -66,14 +70,14 @@ fn natively(driver: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn in_guest(kernel: &str, gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+fn in_guest(kernel: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
     let guest = Guest {
         kernel,
         memory: "512M",
         cpus: "2",
         parameters: &format!("l2.descriptors={}", gpu.name),
         gpu: &(gpu.argument)()?,
-        options: &["--doorbell", doorbell],
+        options: &[&["--doorbell", doorbell], options].concat(),
     };
     let ended = guest.start()?.wait(LIMIT)?;
     let failed: Vec<_> = ended

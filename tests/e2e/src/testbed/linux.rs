@@ -42,7 +42,26 @@ pub const TESTS: &[Test] = &[
         name: "a_linux_6_12_guest_draws_on_the_embedded_gpu_what_is_drawn_without_a_vm",
         run: || draws("6.12", &SOFT, "inline"),
     },
+    Test {
+        name: "a_linux_6_1_guest_on_pci_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draw("6.1", &VIRTIO_GPU, "inline", ON_PCI),
+    },
+    Test {
+        name: "a_linux_6_1_guest_on_pci_draws_on_virtio_gpu_with_a_worker_thread",
+        run: || draw("6.1", &VIRTIO_GPU, "worker", ON_PCI),
+    },
+    Test {
+        name: "a_linux_6_12_guest_on_pci_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draw("6.12", &VIRTIO_GPU, "inline", ON_PCI),
+    },
+    Test {
+        name: "a_linux_6_12_guest_on_pci_draws_on_virtio_gpu_with_a_worker_thread",
+        run: || draw("6.12", &VIRTIO_GPU, "worker", ON_PCI),
+    },
 ];
+
+/// What mini-vmm is told for a GPU on PCI; without it, the GPU is on virtio-mmio.
+pub const ON_PCI: &[&str] = &["--transport", "pci"];
 
 /// Booting takes seconds, and the embedded GPU draws twice, emulated.
 const LIMIT: Duration = Duration::from_secs(120);

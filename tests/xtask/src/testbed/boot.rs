@@ -35,8 +35,9 @@ pub const PROGRAMS: &[Program] = &[
     programs::GLES,
 ];
 
-/// The modules that a guest loads before the guest driver, beside those that either depends on: its GPU is on virtio-mmio.
-const GUEST_MODULES: &[&str] = &["virtio_mmio"];
+/// The modules that a guest loads before the guest driver, beside those that either depends on: its GPU is on virtio-mmio or on
+/// PCI.
+const GUEST_MODULES: &[&str] = &["virtio_mmio", "virtio_pci"];
 
 /// Fills the folder `boot`; `guests` has a kernel for each of [`kernel::GUESTS`]. What else is made on the way goes to the
 /// folder `scratch`.
