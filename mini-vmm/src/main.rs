@@ -45,7 +45,7 @@ struct Options {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boot a kernel and run it until it ends. On a terminal, Ctrl-A x ends it.
-    Run(Run),
+    Run(Box<Run>),
     /// Tell what this host offers to a machine, and what to do about what is missing.
     Check(Check),
 }
@@ -194,7 +194,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match options.command {
-        Command::Run(options) => run(options),
+        Command::Run(options) => run(*options),
         Command::Check(options) => run_check(&options),
     };
     match result {

@@ -665,4 +665,170 @@ mod tests {
             "{error}"
         );
     }
+
+    /// A daemon that can be killed, as a thread.
+    struct Daemon(UnixStream, std::thread::JoinHandle<()>);
+
+    impl Daemon {
+        /// Serves one front end that connects to `socket`, from now on.
+        fn listen(socket: &std::path::Path) -> std::thread::JoinHandle<Self> {
+            use pvgpu_host_proxy::device::{Device, DeviceConfig};
+            use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+            use pvgpu_host_proxy::vhost_user::{BackEnd, serve};
+            let driver = Arc::new(SoftDriver::new(SoftConfig::default()).unwrap());
+            let device = Device::new(driver, None, DeviceConfig::default()).unwrap();
+            let back_end = Arc::new(Mutex::new(BackEnd::new(device, 16 * PAGE)));
+            let listener = std::os::unix::net::UnixListener::bind(socket).unwrap();
+            std::thread::spawn(move || {
+                let (connection, _) = listener.accept().unwrap();
+                let ours = connection.try_clone().unwrap();
+                let served = std::thread::spawn(move || serve(connection, &back_end).unwrap());
+                Self(ours, served)
+            })
+        }
+
+        fn kill(self, socket: &std::path::Path) {
+            std::fs::remove_file(socket).unwrap();
+            self.0.shutdown(std::net::Shutdown::Both).unwrap();
+            self.1.join().unwrap();
+        }
+    }
+
+    /// A driver that drives no more than registers and one ring, whose requests are one descriptor of no bytes: they come back.
+    struct Driver(
+        Arc<crate::virtio_mmio::VirtioMmio<crate::gpu::GpuDevice>>,
+        crate::memory::Ram,
+    );
+
+    impl Driver {
+        fn read(&self, offset: u64) -> u32 {
+            use crate::bus::MmioDevice;
+            let mut value = [0; 4];
+            self.0.read(offset, &mut value);
+            u32::from_le_bytes(value)
+        }
+
+        fn write(&self, offset: u64, value: u32) {
+            use crate::bus::MmioDevice;
+            self.0.write(offset, &value.to_le_bytes());
+        }
+
+        fn store(&self, address: u64, value: u16) {
+            use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+            let memory = self.1.map().memory();
+            memory.write_obj(value, GuestAddress(address)).unwrap();
+        }
+
+        fn used(&self) -> u16 {
+            use vm_memory::{Bytes, GuestAddress, GuestAddressSpace};
+            self.1
+                .map()
+                .memory()
+                .read_obj(GuestAddress(0x3002))
+                .unwrap()
+        }
+
+        /// Resets the device and starts it; its status then.
+        fn start(&self) -> u32 {
+            use crate::virtio_mmio::register::*;
+            self.write(STATUS, 0);
+            for status in [1, 3] {
+                self.write(STATUS, status);
+            }
+            self.write(DRIVER_FEATURES_SEL, 1);
+            self.write(DRIVER_FEATURES, 1);
+            self.write(STATUS, 11);
+            self.store(0x2002, 0);
+            self.store(0x3002, 0);
+            for (register, value) in [
+                (QUEUE_SEL, 0),
+                (QUEUE_NUM, 8),
+                (QUEUE_DESC_LOW, 0x1000),
+                (QUEUE_DRIVER_LOW, 0x2000),
+                (QUEUE_DEVICE_LOW, 0x3000),
+                (QUEUE_READY, 1),
+                (STATUS, 15),
+            ] {
+                self.write(register, value);
+            }
+            self.read(STATUS)
+        }
+
+        /// Makes a request, and waits until it is back.
+        fn request(&self) {
+            let count = self.used() + 1;
+            self.store(0x2002, count);
+            self.write(crate::virtio_mmio::register::QUEUE_NOTIFY, 0);
+            self.wait_until("the request is back", || self.used() == count);
+        }
+
+        fn wait_until(&self, what: &str, mut done: impl FnMut() -> bool) {
+            let deadline = std::time::Instant::now() + Duration::from_secs(60);
+            while !done() {
+                assert!(std::time::Instant::now() < deadline, "never: {what}");
+                std::thread::sleep(Duration::from_millis(1));
+            }
+        }
+    }
+
+    #[test]
+    fn a_guest_whose_daemon_is_gone_needs_a_reset_and_works_after_one_when_it_is_there_again() {
+        use crate::virtio_mmio::register::{INTERRUPT_ACK, INTERRUPT_STATUS, STATUS};
+        const NEEDS_RESET: u32 = 64;
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let daemon = Daemon::listen(&socket);
+        let gpu = crate::gpu::Gpu::VhostUser {
+            socket: socket.clone(),
+            aperture: true,
+        };
+        let ram = crate::memory::Ram::shareable(4 << 20).unwrap();
+        let cpuid = kvm_bindings::CpuId::from_entries(&[kvm_bindings::kvm_cpuid_entry2 {
+            function: 0x8000_0008,
+            eax: 52,
+            ..Default::default()
+        }]);
+        let sandbox = pvgpu_host_proxy::sandbox::Sandbox::Off;
+        let attached = crate::gpu::attach(gpu, &ram, sandbox, &cpuid.unwrap()).unwrap();
+        let crate::gpu::Off::Link(link) = attached.off.clone() else {
+            panic!("no link");
+        };
+        let driver = Driver(attached.transport, ram);
+        let looks_after = {
+            let (link, transport) = (Arc::clone(&link), Arc::clone(&driver.0));
+            std::thread::spawn(move || link.run(&*transport))
+        };
+        let daemon = daemon.join().unwrap();
+        assert_eq!(driver.start(), 15);
+        driver.request();
+        assert_eq!(
+            driver.read(INTERRUPT_STATUS),
+            1,
+            "any interrupt may be a queue's"
+        );
+
+        daemon.kill(&socket);
+        driver.wait_until("it needs a reset", || {
+            driver.read(STATUS) & NEEDS_RESET != 0
+        });
+        assert_eq!(
+            driver.read(INTERRUPT_STATUS),
+            2,
+            "a configuration interrupt alone"
+        );
+        assert_ne!(driver.start() & NEEDS_RESET, 0, "there is no daemon");
+        driver.write(INTERRUPT_ACK, 2);
+
+        let daemon = Daemon::listen(&socket);
+        driver.wait_until("the guest hears of it", || {
+            driver.read(INTERRUPT_STATUS) & 2 != 0
+        });
+        let daemon = daemon.join().unwrap();
+        assert_eq!(driver.start(), 15);
+        driver.request();
+        // The machine ends.
+        link.end();
+        looks_after.join().unwrap();
+        daemon.1.join().unwrap();
+    }
 }
