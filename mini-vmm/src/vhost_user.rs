@@ -696,7 +696,7 @@ mod tests {
 
     /// A driver that drives no more than registers and one ring, whose requests are one descriptor of no bytes: they come back.
     struct Driver(
-        Arc<crate::virtio_mmio::VirtioMmio<crate::gpu::GpuDevice>>,
+        crate::virtio_mmio::VirtioMmio<crate::gpu::GpuDevice>,
         crate::memory::Ram,
     );
 
@@ -778,25 +778,23 @@ mod tests {
         let folder = tempfile::tempdir().unwrap();
         let socket = folder.path().join("socket");
         let daemon = Daemon::listen(&socket);
-        let gpu = crate::gpu::Gpu::VhostUser {
-            socket: socket.clone(),
-            aperture: true,
-        };
         let ram = crate::memory::Ram::shareable(4 << 20).unwrap();
-        let cpuid = kvm_bindings::CpuId::from_entries(&[kvm_bindings::kvm_cpuid_entry2 {
-            function: 0x8000_0008,
-            eax: 52,
-            ..Default::default()
-        }]);
-        let sandbox = pvgpu_host_proxy::sandbox::Sandbox::Off;
-        let attached = crate::gpu::attach(gpu, &ram, sandbox, &cpuid.unwrap()).unwrap();
-        let crate::gpu::Off::Link(link) = attached.off.clone() else {
-            panic!("no link");
-        };
-        let driver = Driver(attached.transport, ram);
+        let shared = ram.shared();
+        let shared = shared.map(|(range, file)| (range, file.try_clone().unwrap()));
+        let (connection, offer) = connect(&socket, true).unwrap();
+        let window = Arc::new(Reservation::new(offer.aperture).unwrap());
+        let link = Link::new(socket.clone(), connection, offer, Some(window));
+        let link = Arc::new(link.unwrap());
+        let event = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
+        let call = event.try_clone().unwrap();
+        let front_end = FrontEnd::new(Arc::clone(&link), shared.collect(), call).unwrap();
+        let device = crate::gpu::GpuDevice::VhostUser(front_end);
+        let memory = ram.map().clone();
+        let transport = crate::virtio_mmio::VirtioMmio::new(device, memory, None, Arc::new(event));
+        let driver = Driver(transport, ram);
         let looks_after = {
-            let (link, transport) = (Arc::clone(&link), Arc::clone(&driver.0));
-            std::thread::spawn(move || link.run(&*transport))
+            let (link, device) = (Arc::clone(&link), Arc::clone(&driver.0));
+            std::thread::spawn(move || link.run(&*device))
         };
         let daemon = daemon.join().unwrap();
         assert_eq!(driver.start(), 15);

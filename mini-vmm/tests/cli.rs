@@ -227,7 +227,7 @@ fn a_trace_that_cannot_be_written_is_refused() {
     );
     refused(
         &run(kernel.path(), &["--gpu", "none", "--trace", "/dev/null"]),
-        &["--trace", "there is no GPU"],
+        &["--trace", "but there is none"],
     );
 }
 
