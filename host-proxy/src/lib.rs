@@ -34,6 +34,7 @@ pub mod limit;
 pub mod logging;
 pub mod sandbox;
 pub mod session;
+mod shadow;
 pub mod soft;
 pub mod statistics;
 mod trace;

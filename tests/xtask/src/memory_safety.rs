@@ -35,7 +35,14 @@ const UNSAFE: &[Tests] = &[
     ("guest-driver/pvgpu_guest_driver", &["baremetal", "flat"]),
     (
         "host-proxy/pvgpu_host_proxy",
-        &["aperture", "clock", "drm::", "soft::memory", "multiply"],
+        &[
+            "aperture",
+            "clock",
+            "drm::",
+            "shadow::",
+            "soft::memory",
+            "multiply",
+        ],
     ),
     ("host-proxy/activation", &[]),
     (
