@@ -81,6 +81,9 @@ struct Run {
     /// Size of the window in which the guest sees the GPU's memory; 0 for none.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     aperture: u64,
+    /// As '--aperture 0', which most VMMs are like: the GPU's memory is copied to and from the guest's where it is synchronized.
+    #[arg(long, conflicts_with = "aperture")]
+    no_aperture: bool,
     /// Who handles the GPU's requests: 'inline' the vCPU that makes them (lowest latency of a single one),
     /// 'worker' a thread for each vCPU (highest throughput).
     #[arg(long, value_enum, default_value_t = DoorbellChoice::Worker)]
@@ -258,7 +261,11 @@ fn gpu(options: &Run, trace: Option<File>) -> Result<Option<Gpu>, String> {
     }
     Ok(Some(Gpu {
         driver,
-        aperture: options.aperture,
+        aperture: if options.no_aperture {
+            0
+        } else {
+            options.aperture
+        },
         device,
     }))
 }

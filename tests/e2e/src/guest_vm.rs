@@ -13,8 +13,8 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Size of the aperture: room for the buffers of every scenario.
-const APERTURE: u64 = 256 << 20;
+/// Size of an aperture with room for the buffers of every scenario.
+pub const APERTURE: u64 = 256 << 20;
 
 /// What came of a run.
 pub struct Run {
@@ -26,16 +26,20 @@ pub struct Run {
     pub picture: Option<Picture>,
 }
 
-/// Boots the test guest with these words on its command line, and calls `line` for each line that it prints.
+/// Boots the test guest with these words on its command line and an aperture of that size, zero for none; and calls `line` for
+/// each line that it prints.
 pub fn run(
     guest: &Path,
     command_line: &str,
     driver: Arc<dyn HostDriver>,
-    doorbell: Doorbell,
+    (doorbell, aperture): (Doorbell, u64),
     line: impl FnMut(&str) + Send + 'static,
 ) -> Result<Run, VmError> {
     let lines = Lines::new(line);
-    let config = config(guest, command_line, driver, doorbell, lines.clone());
+    let mut config = config(guest, command_line, driver, doorbell, lines.clone());
+    if let Some(gpu) = &mut config.gpu {
+        gpu.aperture = aperture;
+    }
     let mut outcome = Vm::new(config)?.run()?;
     let spoken = std::mem::take(&mut lines.lock().lines);
     let picture = outcome.dump.take().and_then(|rgba| {

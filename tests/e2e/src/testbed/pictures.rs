@@ -18,23 +18,31 @@ use crate::{ensure, picture_file};
 pub const TESTS: &[Test] = &[
     Test {
         name: "a_guest_draws_on_vgem_what_a_native_program_draws",
-        run: || draws(&VGEM, "inline"),
+        run: || draws(&VGEM, "inline", &[]),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_what_a_native_program_draws",
-        run: || draws(&VIRTIO_GPU, "inline"),
+        run: || draws(&VIRTIO_GPU, "inline", &[]),
     },
     Test {
         name: "a_guest_draws_on_soft_what_is_drawn_without_a_vm",
-        run: || draws(&SOFT, "inline"),
+        run: || draws(&SOFT, "inline", &[]),
     },
     Test {
         name: "a_guest_draws_on_vgem_with_a_worker_thread",
-        run: || draws(&VGEM, "worker"),
+        run: || draws(&VGEM, "worker", &[]),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_with_a_worker_thread",
-        run: || draws(&VIRTIO_GPU, "worker"),
+        run: || draws(&VIRTIO_GPU, "worker", &[]),
+    },
+    Test {
+        name: "a_guest_without_an_aperture_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draws(&VIRTIO_GPU, "inline", NO_APERTURE),
+    },
+    Test {
+        name: "a_guest_without_an_aperture_gets_enodev_from_mmap_on_vgem",
+        run: refused_mmap,
     },
     Test {
         name: "two_guests_draw_on_virtio_gpu_at_the_same_time",
@@ -114,10 +122,14 @@ const LIMIT: Duration = Duration::from_secs(60);
 /// A picture with fewer colours is taken for blank or for broken.
 const ENOUGH_COLOURS: usize = 16;
 
-fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+/// What makes mini-vmm's guest map with its own pages.
+pub const NO_APERTURE: &[&str] = &["--no-aperture"];
+
+fn draws(gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
     let expected = expected(gpu)?;
     // The embedded GPU is emulated too: what takes it milliseconds elsewhere takes seconds here.
-    let drawing = Drawing::start(gpu, &["--doorbell", doorbell, "--watchdog", "60"])?;
+    let always = ["--doorbell", doorbell, "--watchdog", "60"];
+    let drawing = Drawing::start(gpu, &[&always[..], options].concat())?;
     let found = drawing.picture(&expected)?;
     for (who, picture) in [("native", &expected), ("guest", &found)] {
         picture_file::write_png(
@@ -126,6 +138,18 @@ fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
         )?;
     }
     equal(&expected, &found)
+}
+
+/// Of vgem nobody can say when a program has written to a buffer or will read it.
+fn refused_mmap() -> Result<(), Failure> {
+    let ended = start_guest("draw", &(VGEM.argument)()?, NO_APERTURE)?.wait(LIMIT)?;
+    ensure!(
+        ended.code != 0 && ended.output.contains("mmap: ENODEV"),
+        "the guest ended with {}: {}",
+        ended.code,
+        ended.tail()
+    );
+    Ok(())
 }
 
 fn two_guests() -> Result<(), Failure> {

@@ -12,30 +12,38 @@ use zerocopy::FromBytes;
 
 use super::boot::EXIT_CODE;
 use super::linux::Guest;
-use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
+use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::ensure;
 
 pub const TESTS: &[Test] = &[
     Test {
         name: "a_linux_6_1_guest_has_the_semantics_of_a_vgem_node",
-        run: || semantics("6.1", &VGEM, "inline", true),
+        run: || semantics("6.1", &VGEM, "inline", true, &[]),
     },
     Test {
         name: "a_linux_6_1_guest_has_the_semantics_of_a_virtio_gpu_node",
-        run: || semantics("6.1", &VIRTIO_GPU, "inline", true),
+        run: || semantics("6.1", &VIRTIO_GPU, "inline", true, &[]),
     },
     Test {
         name: "a_linux_6_1_guest_has_the_semantics_of_a_node_on_the_embedded_gpu",
-        run: || semantics("6.1", &SOFT, "inline", false),
+        run: || semantics("6.1", &SOFT, "inline", false, &[]),
     },
     Test {
         name: "a_linux_6_12_guest_has_the_semantics_of_a_virtio_gpu_node_with_a_worker_thread",
-        run: || semantics("6.12", &VIRTIO_GPU, "worker", true),
+        run: || semantics("6.12", &VIRTIO_GPU, "worker", true, &[]),
+    },
+    Test {
+        name: "a_linux_6_1_guest_without_an_aperture_has_the_semantics_of_a_virtio_gpu_node",
+        run: || semantics("6.1", &VIRTIO_GPU, "worker", true, NO_APERTURE),
+    },
+    Test {
+        name: "a_linux_6_12_guest_without_an_aperture_has_the_semantics_of_a_virtio_gpu_node",
+        run: || semantics("6.12", &VIRTIO_GPU, "inline", true, NO_APERTURE),
     },
     Test {
         name: "a_linux_6_12_guest_has_the_semantics_of_a_node_on_the_embedded_gpu_with_a_worker_thread",
-        run: || semantics("6.12", &SOFT, "worker", false),
+        run: || semantics("6.12", &SOFT, "worker", false, &[]),
     },
 ];
 
@@ -51,22 +59,30 @@ fn lines(output: &str) -> Vec<&str> {
         .collect()
 }
 
-fn semantics(kernel: &str, gpu: &Gpu, doorbell: &str, native: bool) -> Result<(), Failure> {
+fn semantics(
+    kernel: &str,
+    gpu: &Gpu,
+    doorbell: &str,
+    native: bool,
+    options: &[&str],
+) -> Result<(), Failure> {
     let trace = std::env::temp_dir().join("semantics.trace");
+    let path = trace.to_string_lossy();
+    let always = [
+        "--doorbell",
+        doorbell,
+        "--trace",
+        &path,
+        "--watchdog",
+        "170",
+    ];
     let guest = Guest {
         kernel,
         memory: "512M",
         cpus: "2",
         parameters: &format!("l2.semantics={}", gpu.name),
         gpu: &(gpu.argument)()?,
-        options: &[
-            "--doorbell",
-            doorbell,
-            "--trace",
-            &trace.to_string_lossy(),
-            "--watchdog",
-            "170",
-        ],
+        options: &[&always[..], options].concat(),
     };
     let ended = guest.start()?.wait(LIMIT)?;
     let wrong = ended
@@ -126,7 +142,7 @@ fn nothing_is_left(mut trace: &[u8]) -> Result<(), Failure> {
                 objects.0 += u32::from(export);
             }
             Some(Operation::Close) => objects.1 += 1,
-            Some(Operation::Map) => mappings.0 += 1,
+            Some(Operation::Map | Operation::MapPages) => mappings.0 += 1,
             Some(Operation::Unmap) => mappings.1 += 1,
             _ => {}
         }
