@@ -354,6 +354,7 @@ void pvgpu_free(struct pvgpu *device)
 
 	for (index = 0; device->queues && index < device->queue_count; index++)
 		pvgpu_queue_free_abandoned(&device->queues[index]);
+	pvgpu_memory_free(device);
 	kfree(device->host);
 	kfree(device->queues);
 	kfree(device);
@@ -451,6 +452,7 @@ static int pvgpu_probe(struct virtio_device *virtio)
 	device->virtio = virtio;
 	virtio->priv = device;
 	pvgpu_event_init(device);
+	pvgpu_memory_init(device);
 	/* All of them, since the event queue's number is the one after the last. */
 	device->queue_count = le16_to_cpu(config.request_queues);
 	device->queues = kcalloc(device->queue_count, sizeof(*device->queues), GFP_KERNEL);

@@ -10,7 +10,9 @@
 #include <linux/completion.h>
 #include <linux/hashtable.h>
 #include <linux/kref.h>
+#include <linux/list.h>
 #include <linux/llist.h>
+#include <linux/mutex.h>
 #include <linux/spinlock.h>
 #include <linux/virtio.h>
 #include <linux/virtio_config.h>
@@ -24,6 +26,12 @@ struct pvgpu_identity {
 	char name[33];
 	int version[3];
 	u64 aperture;
+	bool pages;	/* whether the host can do with pages of this kernel instead */
+};
+
+/* Pages of this kernel (protocol/src/wire.rs, PageRange). */
+struct pvgpu_range {
+	__le64 address, length;
 };
 
 /* What a file descriptor is of (protocol/src/schema.rs, Descriptor). */
@@ -84,6 +92,9 @@ struct pvgpu {
 	atomic64_t last_id;
 	unsigned int queue_count;
 	struct pvgpu_queue *queues;
+	struct mutex mappings_lock;	/* the list of mappings with pages, also while one is made */
+	struct list_head mappings;
+	struct llist_head lost_mappings;	/* what the host may still write; needs no lock */
 	spinlock_t watch_lock;		/* all that follows, and the fences */
 	struct virtqueue *event_ring;
 	struct pvgpu_event *events;
@@ -109,7 +120,10 @@ int pvgpu_node_register(struct pvgpu *device);
 void pvgpu_node_remove(struct pvgpu *device);
 
 /* memory.c */
+void pvgpu_memory_init(struct pvgpu *device);
 void pvgpu_memory_find(struct pvgpu *device);
+/* After the device was reset. */
+void pvgpu_memory_free(struct pvgpu *device);
 int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma);
 
 /* driver.c, for the others */
@@ -149,6 +163,8 @@ int pvgpu_rust_close(struct pvgpu *device, const struct pvgpu_host *host, int ob
 int pvgpu_rust_ioctl(struct pvgpu *device, const struct pvgpu_host *host, int object, u32 command, u64 address);
 int pvgpu_rust_map(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 offset, u64 length,
 		   u32 protection, u64 *aperture_offset);
+int pvgpu_rust_map_pages(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 offset, u64 length,
+			 u32 protection, const struct pvgpu_range *ranges, u32 count, u64 *number);
 int pvgpu_rust_unmap(struct pvgpu *device, const struct pvgpu_host *host, u64 aperture_offset, u64 length);
 int pvgpu_rust_read(struct pvgpu *device, const struct pvgpu_host *host, int object, u64 address, u64 length);
 int pvgpu_rust_wait(struct pvgpu *device, const struct pvgpu_host *host, int object, u32 events);

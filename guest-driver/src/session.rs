@@ -15,8 +15,9 @@ use pvgpu_protocol::family::{self, Family};
 use pvgpu_protocol::layout::Layout;
 use pvgpu_protocol::schema::{Answer, Ioctl};
 use pvgpu_protocol::wire::{
-    CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PollRequest,
-    ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest, WatchRequest,
+    CancelRequest, IoctlRequest, MapPagesRequest, MapRequest, MapResponse, OpenRequest, Operation,
+    PageRange, PollRequest, ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest,
+    WatchRequest,
 };
 use pvgpu_protocol::{Errno, wire};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -46,6 +47,8 @@ pub struct Host {
     pub limits: Limits,
     /// Size of the aperture in bytes.
     pub aperture: u64,
+    /// Whether there is [`Session::map_pages`] instead.
+    pub maps_pages: bool,
     /// Its date and its description; none when one is longer than a driver's ever are.
     texts: Option<[ArrayString<64>; 2]>,
     families: &'static [&'static Family],
@@ -94,10 +97,10 @@ pub struct PendingIoctl {
     address: u64,
 }
 
-/// A range of an object in the aperture.
+/// A range of an object in the aperture, or in pages of the guest.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Mapping {
-    /// Where it starts in the aperture, in bytes.
+    /// Where it starts in the aperture, in bytes; with pages of the guest, its number.
     pub aperture_offset: u64,
     /// Its length in bytes.
     pub length: u64,
@@ -133,6 +136,7 @@ impl<'a, C: Channel> Session<'a, C> {
                 driver_version: reply.driver.version,
                 limits: reply.limits,
                 aperture: reply.aperture,
+                maps_pages: reply.features & wire::feature::MAP_PAGES != 0,
                 families: family::of_driver(reply.driver.name),
             })
         };
@@ -372,19 +376,33 @@ impl<'a, C: Channel> Session<'a, C> {
             protection: protection.into(),
             reserved: 0.into(),
         };
-        self.call_with(
-            Operation::Map,
-            object.0,
-            &body,
-            size_of::<MapResponse>(),
-            |_, payload| {
-                let map = MapResponse::ref_from_bytes(payload).map_err(|_| Errno::EPROTO)?;
-                Ok(Mapping {
-                    aperture_offset: map.aperture_offset.get(),
-                    length: map.length.get(),
-                })
-            },
-        )
+        let what = (Operation::Map, object.0, self.new_id());
+        self.call_as(what, &body, &[], size_of::<MapResponse>(), mapping)
+    }
+
+    /// Maps a range of an object with pages of this guest, for a host without aperture ([`Host::maps_pages`]): `ranges` are as
+    /// long as it is. They show the object's contents from then on, as of the points that its ioctls' schemas name
+    /// ([`pvgpu_protocol::schema::Coherence`]), and the host writes to them until [`Session::unmap`] has succeeded or the device
+    /// has been reset.
+    pub fn map_pages(
+        &mut self,
+        object: ObjectId,
+        offset: u64,
+        length: u64,
+        protection: u32,
+        ranges: &[PageRange],
+    ) -> Result<Mapping, Errno> {
+        let body = MapPagesRequest {
+            offset: offset.into(),
+            length: length.into(),
+            protection: protection.into(),
+            ranges: u32::try_from(ranges.len())
+                .map_err(|_| Errno::E2BIG)?
+                .into(),
+        };
+        let what = (Operation::MapPages, object.0, self.new_id());
+        let room = size_of::<MapResponse>();
+        self.call_as(what, &body, ranges.as_bytes(), room, mapping)
     }
 
     /// Removes a mapping.
@@ -416,7 +434,7 @@ impl<'a, C: Channel> Session<'a, C> {
             reserved: 0.into(),
         };
         let watch = (Operation::Watch, object.0, id);
-        self.call_as(watch, &body, 0, |events, _| Ok(events.cast_unsigned()))
+        self.call_as(watch, &body, &[], 0, |events, _| Ok(events.cast_unsigned()))
     }
 
     /// Size of an object in bytes; `ESPIPE` when it has none.
@@ -496,17 +514,18 @@ impl<'a, C: Channel> Session<'a, C> {
         take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
         let id = self.new_id();
-        self.call_as((operation, object, id), body, room, take)
+        self.call_as((operation, object, id), body, &[], room, take)
     }
 
     fn call_as<B: IntoBytes + Immutable, T>(
         &mut self,
         what: (Operation, i32, u64),
         body: &B,
+        payload: &[u8],
         room: usize,
         take: impl FnOnce(i32, &[u8]) -> Result<T, Errno>,
     ) -> Result<T, Errno> {
-        let pending = start(&mut self.channel, what, body, &[], room)?;
+        let pending = start(&mut self.channel, what, body, payload, room)?;
         self.channel.doorbell();
         let result = self
             .settle(&pending)
@@ -610,6 +629,15 @@ fn start<C: Channel, B: IntoBytes + Immutable>(
             Err(errno)
         }
     }
+}
+
+/// The mapping that a response tells of.
+fn mapping(_: i32, payload: &[u8]) -> Result<Mapping, Errno> {
+    let map = MapResponse::ref_from_bytes(payload).map_err(|_| Errno::EPROTO)?;
+    Ok(Mapping {
+        aperture_offset: map.aperture_offset.get(),
+        length: map.length.get(),
+    })
 }
 
 /// Takes the result of a request that is complete.

@@ -9,7 +9,7 @@ use crate::clock;
 use crate::driver::HostObject;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::layout::{Array, Layout, Payload, align, lay_out, structs};
-use pvgpu_protocol::schema::{Direction, Element, Field, Ioctl, Kind, Space, Struct};
+use pvgpu_protocol::schema::{Coherence, Direction, Element, Field, Ioctl, Kind, Space, Struct};
 use std::ops::Range;
 use std::sync::Arc;
 use zerocopy::{FromBytes, Immutable, IntoBytes};
@@ -446,6 +446,33 @@ impl Call {
                     .flatten()
             })
         })
+    }
+
+    /// The GEM handles that the call uses, in fields and in arrays.
+    pub(crate) fn used_gem_handles(&self) -> impl Iterator<Item = u32> {
+        let arrays = self.arrays().filter_map(|(array, range)| {
+            let gem = matches!(
+                array.pointer.element,
+                Element::Handles {
+                    space: Space::Gem,
+                    ..
+                }
+            );
+            gem.then(|| self.bytes.get().get(range)).flatten()
+        });
+        let listed = arrays
+            .flat_map(|bytes| bytes.as_chunks().0)
+            .map(|handle| u32::from_le_bytes(*handle));
+        self.gem_handles().chain(listed)
+    }
+
+    /// Where the argument says that the buffer can be mapped which it names, if it is for that: handle and offset.
+    pub(crate) fn mapping_offset(&self) -> Option<(u32, u64)> {
+        let Coherence::Offset(field) = self.ioctl.coherence else {
+            return None;
+        };
+        let offset = self.ioctl.argument.read(self.argument(), field);
+        Some((self.gem_handles().next()?, offset))
     }
 
     /// Bytes of the response's payload.

@@ -70,6 +70,7 @@ use crate::event::EventQueue;
 use crate::limit::Limit;
 use crate::sandbox::{Allowed, DEVICE, Filter, Sandbox, THREAD};
 use crate::session::{RESPONSE_HEADER, Report, Response, Session, WORKER_TIME};
+use crate::shadow::{Pages, Scratch};
 use crate::statistics::{Counters, Statistics};
 use crate::trace::Trace;
 use crate::virtqueue::{Shared, Virtqueue};
@@ -167,6 +168,8 @@ pub enum ActivateError {
 pub struct Device {
     driver: Arc<dyn HostDriver>,
     aperture: Option<Arc<Aperture>>,
+    /// For mappings with pages of the guest; none with an aperture.
+    scratch: Option<Arc<Scratch>>,
     config: ConfigSpace,
     poll: Duration,
     limits: Limits,
@@ -226,6 +229,10 @@ impl Device {
             filter: Filter::new(config.sandbox, &system_calls)?,
             system_calls,
             driver,
+            scratch: match aperture {
+                Some(_) => None,
+                None => Some(Arc::new(Scratch::new()?)),
+            },
             aperture: aperture.map(Arc::new),
             config: ConfigSpace {
                 magic: CONFIG_MAGIC.into(),
@@ -292,6 +299,8 @@ impl Device {
             return Err(ActivateError::Memory(index));
         }
         let closing = Arc::new(AtomicBool::new(false));
+        let scratch = self.scratch.as_ref();
+        let pages = scratch.map(|scratch| Pages::new(memory.clone(), scratch));
         let shared = Shared {
             memory,
             interrupt,
@@ -322,6 +331,7 @@ impl Device {
             self.aperture.clone(),
             self.limits,
             self.worker_time,
+            pages,
             Some(report),
             Arc::clone(&self.counters),
             self.filter.clone(),

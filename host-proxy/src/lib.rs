@@ -42,6 +42,7 @@ pub mod rlimit;
 pub mod sandbox;
 pub mod session;
 pub mod setting;
+mod shadow;
 pub mod size;
 pub mod soft;
 pub mod statistics;

@@ -11,21 +11,26 @@ use crate::driver::{HostDriver, HostObject, Mapping};
 use crate::limit::{Budget, Limit};
 use crate::logging::guest_log;
 use crate::sandbox::Filter;
+use crate::shadow::{Pages, Scratch, Shadow};
 use crate::statistics::{Counters, Statistics};
 use crate::worker::{Job, Workers};
 use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
-use pvgpu_protocol::schema::Space;
+use pvgpu_protocol::schema::{Coherence, Space};
 use pvgpu_protocol::wire::{
-    self, CancelRequest, IoctlRequest, MapRequest, MapResponse, OpenRequest, Operation, PAGE_SIZE,
-    PollRequest, ReadRequest, RequestHeader, ResponseHeader, SizeResponse, UnmapRequest,
-    WatchRequest,
+    self, CancelRequest, IoctlRequest, MapPagesRequest, MapRequest, MapResponse, OpenRequest,
+    Operation, PAGE_RANGES_MAX, PAGE_SIZE, PageRange, PollRequest, ReadRequest, RequestHeader,
+    ResponseHeader, SizeResponse, UnmapRequest, WatchRequest,
 };
 use pvgpu_protocol::{Errno, family};
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
+use std::io;
+use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::Duration;
+use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 /// Bytes of a response without payload.
@@ -35,6 +40,9 @@ pub const RESPONSE_HEADER: usize = size_of::<ResponseHeader>();
 /// processors.
 pub const WORKER_TIME: Duration = Duration::from_secs(4);
 
+/// Most mappings with pages of the guest at a time (`ENOMEM`): as many as an aperture takes, for the same reason.
+const SHADOWS_MAX: usize = 16_384;
+
 /// One guest's connection to a host driver. Dropping it ends it.
 pub struct Session(Arc<Shared>);
 
@@ -42,6 +50,8 @@ pub struct Session(Arc<Shared>);
 struct Shared {
     driver: Arc<dyn HostDriver>,
     aperture: Option<Arc<Aperture>>,
+    /// What mappings with pages of the guest need, if it may make some.
+    pages: Option<Pages>,
     limits: Limits,
     state: Mutex<State>,
     workers: Workers,
@@ -66,7 +76,12 @@ struct State {
     objects: HashMap<i32, Object>,
     /// Aperture offset to length, in bytes.
     mappings: HashMap<u64, u64>,
-    /// Bytes in `mappings`.
+    /// Whether the guest may map with its own pages, since both sides have said that they can.
+    maps_pages: bool,
+    /// Mappings with pages of the guest, by their numbers.
+    shadows: HashMap<u64, Shadowed>,
+    next_shadow: u64,
+    /// Bytes in `mappings` and `shadows`.
     mapped: u64,
     /// Requests that may wait, by their ids. `None` for a watch that is over but for its event.
     in_flight: HashMap<u64, Option<Arc<Cancel>>>,
@@ -99,6 +114,24 @@ struct File {
     table: RwLock<()>,
 }
 
+/// A mapping with pages of the guest.
+struct Shadowed {
+    shadow: Arc<Shadow>,
+    length: u64,
+    /// The file through which it was made; none for one of another object.
+    file: Weak<File>,
+    /// The buffer's GPU memory, by which it is known: all handles and objects of a buffer have the same.
+    memory: Vec<Weak<Charge>>,
+}
+
+impl Shadowed {
+    /// Whether its buffer has some of this memory.
+    fn is_of(&self, memory: &HashSet<*const Charge>) -> bool {
+        let mut own = self.memory.iter();
+        own.any(|charge| memory.contains(&charge.as_ptr()))
+    }
+}
+
 /// A file's handles.
 type Handles = HashMap<(Space, u32), Handle>;
 
@@ -106,6 +139,8 @@ type Handles = HashMap<(Space, u32), Handle>;
 struct Handle {
     /// The GPU memory that it keeps.
     memory: Vec<Arc<Charge>>,
+    /// Where in the file it can be mapped, once an ioctl has told.
+    offset: Option<u64>,
     /// Its place among the guest's handles.
     _place: Option<Charge>,
 }
@@ -137,6 +172,19 @@ impl Drop for Charge {
 impl File {
     fn handles(&self) -> MutexGuard<'_, Handles> {
         self.handles.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// The GPU memory of the buffer that the file has in this range; `EINVAL` when it has none, as the kernel says.
+    fn memory_at(&self, range: &Range<u64>) -> Result<Vec<Arc<Charge>>, Errno> {
+        let handles = self.handles();
+        let mut buffers = handles.values().filter_map(|handle| {
+            let start = handle.offset?;
+            let amounts = handle.memory.iter().map(|charge| charge.amount);
+            let size = amounts.fold(0, u64::saturating_add);
+            (start <= range.start && range.end <= start.saturating_add(size)).then_some(handle)
+        });
+        let buffer = buffers.next().ok_or(Errno::EINVAL)?;
+        Ok(buffer.memory.clone())
     }
 }
 
@@ -295,6 +343,16 @@ fn require(condition: bool, errno: Errno) -> Result<(), Errno> {
     if condition { Ok(()) } else { Err(errno) }
 }
 
+/// The range of an object that a guest wants to map, and its protection.
+fn mapped_range(offset: u64, length: u64, protection: U32) -> Result<(Range<u64>, u32), Errno> {
+    let allowed = wire::protection::READ | wire::protection::WRITE;
+    require(protection.get() & !allowed == 0, Errno::EINVAL)?;
+    let aligned = offset.is_multiple_of(PAGE_SIZE) && length.is_multiple_of(PAGE_SIZE);
+    require(aligned && length != 0, Errno::EINVAL)?;
+    let end = offset.checked_add(length).ok_or(Errno::EOVERFLOW)?;
+    Ok((offset..end, protection.get()))
+}
+
 /// Runs what calls the host driver. A host driver must not panic; if it does, only this request fails.
 fn guard<T>(call: impl FnOnce() -> T) -> Result<T, Errno> {
     catch_unwind(AssertUnwindSafe(call)).map_err(|_| {
@@ -320,6 +378,7 @@ impl Session {
             limits,
             WORKER_TIME,
             None,
+            None,
             Arc::default(),
             Filter::OFF,
         )
@@ -337,27 +396,55 @@ impl Session {
             aperture,
             limits,
             WORKER_TIME,
+            None,
             Some(report),
             Arc::default(),
             Filter::OFF,
         )
     }
 
+    /// As [`Session::new`], for a guest with that memory and no aperture: it may map with pages of its own. With `report`, it
+    /// may watch.
+    pub fn without_aperture(
+        driver: Arc<dyn HostDriver>,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        limits: Limits,
+        report: Option<Report>,
+    ) -> io::Result<Self> {
+        let pages = Pages::new(memory, &Arc::new(Scratch::new()?));
+        Ok(Self::with_counters(
+            driver,
+            None,
+            limits,
+            WORKER_TIME,
+            Some(pages),
+            report,
+            Arc::default(),
+            Filter::OFF,
+        ))
+    }
+
     /// As [`Session::with_report`], counting into `counters`, with its threads under that filter. Requests that may wait get
-    /// `worker_time` of processor time in a second.
+    /// `worker_time` of processor time in a second. With `pages` and without an aperture, the guest may map with its own pages
+    /// what the driver's tables say how to keep up.
+    #[allow(clippy::too_many_arguments)] // all that a device has for its session
     pub(crate) fn with_counters(
         driver: Arc<dyn HostDriver>,
         aperture: Option<Arc<Aperture>>,
         limits: Limits,
         worker_time: Duration,
+        pages: Option<Pages>,
         report: Option<Report>,
         counters: Arc<Counters>,
         filter: Filter,
     ) -> Self {
         let own = guard(|| driver.for_session()).ok().flatten();
+        let driver = own.unwrap_or(driver);
+        let possible = aperture.is_none() && family::maps_pages(driver.families());
         Self(Arc::new(Shared {
-            driver: own.unwrap_or(driver),
+            driver,
             aperture,
+            pages: pages.filter(|_| possible),
             limits,
             state: Mutex::default(),
             workers: Workers::new(filter),
@@ -465,9 +552,12 @@ impl Shared {
                 require(ioctl.reserved == 0, Errno::EINVAL)?;
                 self.ioctl(id, object_id, ioctl.command.get(), payload, room, complete)
             }
-            Operation::Map => {
+            Operation::Map | Operation::MapPages => {
                 require(room >= size_of::<MapResponse>(), Errno::EINVAL)?;
-                let mapped = self.map(object_id, only_body(rest)?)?;
+                let mapped = match operation {
+                    Operation::Map => self.map(object_id, only_body(rest)?)?,
+                    _ => self.map_pages(object_id, rest)?,
+                };
                 Ok(Some(Response {
                     payload: Payload::Bytes(mapped.as_bytes().to_vec()),
                     ..Response::new(id, Ok(0))
@@ -483,8 +573,14 @@ impl Shared {
                 let object = self.object(object_id)?;
                 let (events, timeout) = (poll.events.get(), poll.timeout_ns.get());
                 let timeout = u64::try_from(timeout).ok().map(Duration::from_nanos);
+                let session = Arc::clone(self);
                 let ask = move |cancel: &Cancel| {
                     let ready = object.host().poll(events, timeout, cancel);
+                    if let (Ok(1..), Object::Shared(_, memory)) = (ready, &object) {
+                        let memory = memory.iter().map(Arc::as_ptr).collect();
+                        let shadows = session.shadows(|shadowed| shadowed.is_of(&memory));
+                        shadows.iter().for_each(|shadow| shadow.to_guest());
+                    }
                     let value = ready.map(|ready| i32::try_from(ready).unwrap_or(0));
                     Response::new(id, value)
                 };
@@ -649,9 +745,13 @@ impl Shared {
         let mut state = self.state();
         require(!state.open && !state.ended, Errno::EBUSY)?;
         let identity = self.driver.identity();
+        let features = match self.pages {
+            Some(_) => hello.features & wire::feature::MAP_PAGES,
+            None => 0,
+        };
         let reply = HelloReply {
             version: wire::VERSION,
-            features: 0,
+            features,
             limits: self.limits,
             aperture: self.aperture.as_ref().map_or(0, |aperture| aperture.size()),
             driver: control::DriverIdentity {
@@ -665,6 +765,7 @@ impl Shared {
         let length = control::encode(&reply, &mut bytes)?;
         bytes.truncate(length);
         state.open = true;
+        state.maps_pages = features & wire::feature::MAP_PAGES != 0;
         let guest: String = hello.guest.chars().take(64).collect();
         guest_log!(info, "session of {:?} on {}", guest, identity.name);
         Ok(Response {
@@ -774,7 +875,18 @@ impl Shared {
         admitted: Admitted,
         cancel: &Cancel,
     ) -> Result<i32, Errno> {
+        let coherence = call.ioctl().coherence;
+        if coherence == Coherence::ToHost {
+            self.shadows_of(file, call)
+                .iter()
+                .for_each(|shadow| shadow.to_host());
+        }
         let (result, exported) = self.execute_booked(file, call, admitted, cancel);
+        if coherence == Coherence::ToGuest && result.is_ok() {
+            self.shadows_of(file, call)
+                .iter()
+                .for_each(|shadow| shadow.to_guest());
+        }
         call.publish(|object| self.insert(Object::Shared(object, exported.clone())))?;
         result
     }
@@ -815,33 +927,23 @@ impl Shared {
             Err(errno) => (Err(errno), Vec::new()),
         };
         match result {
-            Ok(_) => record_created(file, call, &memory, places),
+            Ok(_) => {
+                record_created(file, call, &memory, places);
+                record_offset(file, call);
+            }
             Err(_) => file.handles().extend(closed),
         }
         (result, exported)
     }
 
     fn map(&self, object: i32, map: &MapRequest) -> Result<MapResponse, Errno> {
-        let (offset, length) = (map.offset.get(), map.length.get());
-        let protection = map.protection.get();
-        let allowed = wire::protection::READ | wire::protection::WRITE;
-        require(
-            protection & !allowed == 0 && map.reserved == 0,
-            Errno::EINVAL,
-        )?;
-        let aligned = offset.is_multiple_of(PAGE_SIZE) && length.is_multiple_of(PAGE_SIZE);
-        require(aligned && length != 0, Errno::EINVAL)?;
-        offset.checked_add(length).ok_or(Errno::EOVERFLOW)?;
+        require(map.reserved == 0, Errno::EINVAL)?;
+        let (range, protection) = mapped_range(map.offset.get(), map.length.get(), map.protection)?;
+        let length = range.end - range.start;
         let aperture = self.aperture.as_ref().ok_or(Errno::ENODEV)?;
         let object = self.object(object)?;
-        {
-            let mut state = self.state();
-            require(!state.ended, Errno::ENODEV)?;
-            let mapped = state.mapped.saturating_add(length);
-            self.within(Limit::Mapped, mapped <= self.limits.mapped)?;
-            state.mapped = mapped;
-        }
-        let host = || object.host().mapping(offset, length, protection);
+        self.book_mapped(&mut self.state(), length)?;
+        let host = || object.host().mapping(range.start, length, protection);
         let mapping: Result<Mapping, Errno> = guard(host).flatten();
         let result = mapping.and_then(|mapping| aperture.map(&mapping, length));
         let mut state = self.state();
@@ -864,9 +966,107 @@ impl Shared {
         }
     }
 
+    /// Books bytes that are about to be mapped.
+    fn book_mapped(&self, state: &mut State, length: u64) -> Result<(), Errno> {
+        require(!state.ended, Errno::ENODEV)?;
+        let mapped = state.mapped.saturating_add(length);
+        self.within(Limit::Mapped, mapped <= self.limits.mapped)?;
+        state.mapped = mapped;
+        Ok(())
+    }
+
+    fn map_pages(&self, object: i32, rest: &[u8]) -> Result<MapResponse, Errno> {
+        let (map, ranges) = body::<MapPagesRequest>(rest)?;
+        let (range, protection) = mapped_range(map.offset.get(), map.length.get(), map.protection)?;
+        let length = range.end - range.start;
+        require(map.ranges.get() <= PAGE_RANGES_MAX, Errno::E2BIG)?;
+        let ranges = <[PageRange]>::ref_from_bytes(ranges).map_err(|_| Errno::EINVAL)?;
+        require(
+            u32::try_from(ranges.len()) == Ok(map.ranges.get()),
+            Errno::EINVAL,
+        )?;
+        let pages = self.pages.as_ref().ok_or(Errno::ENODEV)?;
+        require(self.state().maps_pages, Errno::ENODEV)?;
+        let object = self.object(object)?;
+        let (file, memory) = match &object {
+            Object::File(file) => (Arc::downgrade(file), file.memory_at(&range)?),
+            Object::Shared(_, memory) => (Weak::new(), memory.clone()),
+        };
+        require(!memory.is_empty(), Errno::ENODEV)?;
+        {
+            let mut state = self.state();
+            require(state.shadows.len() < SHADOWS_MAX, Errno::ENOMEM)?;
+            self.book_mapped(&mut state, length)?;
+        }
+        let write = protection & wire::protection::WRITE != 0;
+        let host = || object.host().mapping(range.start, length, protection);
+        let mapping: Result<Mapping, Errno> = guard(host).flatten();
+        let result =
+            mapping.and_then(|mapping| Shadow::new(pages, ranges, &mapping, length, write));
+        let mut state = self.state();
+        match result {
+            Ok(shadow) if !state.ended => {
+                state.next_shadow += 1;
+                let number = state.next_shadow;
+                let shadowed = Shadowed {
+                    shadow: Arc::new(shadow),
+                    length,
+                    file,
+                    memory: memory.iter().map(Arc::downgrade).collect(),
+                };
+                state.shadows.insert(number, shadowed);
+                Ok(MapResponse {
+                    aperture_offset: number.into(),
+                    length: length.into(),
+                })
+            }
+            Ok(_) => Err(Errno::ENODEV),
+            Err(errno) => {
+                state.mapped = state.mapped.saturating_sub(length);
+                Err(errno)
+            }
+        }
+    }
+
+    /// The mappings with pages of the guest that a call is about: those of the buffers that it names, or if it names none, all
+    /// that its file has made.
+    fn shadows_of(&self, file: &File, call: &Call) -> Vec<Arc<Shadow>> {
+        if self.pages.is_none() || self.state().shadows.is_empty() {
+            return Vec::new();
+        }
+        let mut named = false;
+        let mut memory = HashSet::new();
+        let handles = file.handles();
+        for handle in call.used_gem_handles() {
+            named = true;
+            if let Some(handle) = handles.get(&(Space::Gem, handle)) {
+                memory.extend(handle.memory.iter().map(Arc::as_ptr));
+            }
+        }
+        drop(handles);
+        self.shadows(|shadowed| match named {
+            true => shadowed.is_of(&memory),
+            false => std::ptr::eq(shadowed.file.as_ptr(), file),
+        })
+    }
+
+    fn shadows(&self, concerned: impl Fn(&Shadowed) -> bool) -> Vec<Arc<Shadow>> {
+        let state = self.state();
+        let shadows = state
+            .shadows
+            .values()
+            .filter(|shadowed| concerned(shadowed));
+        shadows
+            .map(|shadowed| Arc::clone(&shadowed.shadow))
+            .collect()
+    }
+
     fn unmap(&self, unmap: &UnmapRequest) -> Result<(), Errno> {
-        let aperture = self.aperture.as_ref().ok_or(Errno::ENODEV)?;
         let (offset, length) = (unmap.aperture_offset.get(), unmap.length.get());
+        let Some(aperture) = &self.aperture else {
+            require(self.pages.is_some(), Errno::ENODEV)?;
+            return self.unmap_pages(offset, length);
+        };
         {
             let mut state = self.state();
             require(state.mappings.get(&offset) == Some(&length), Errno::EINVAL)?;
@@ -877,8 +1077,27 @@ impl Shared {
         Ok(())
     }
 
+    fn unmap_pages(&self, number: u64, length: u64) -> Result<(), Errno> {
+        let shadowed = {
+            let mut state = self.state();
+            let same = |shadowed: &&Shadowed| shadowed.length == length;
+            require(
+                state.shadows.get(&number).filter(same).is_some(),
+                Errno::EINVAL,
+            )?;
+            state.mapped = state.mapped.saturating_sub(length);
+            state.shadows.remove(&number)
+        };
+        if let Some(shadowed) = shadowed {
+            // A program may map, write, unmap, and only then draw.
+            shadowed.shadow.to_host();
+            shadowed.shadow.end();
+        }
+        Ok(())
+    }
+
     fn end(&self) {
-        let (in_flight, objects, mappings) = {
+        let (in_flight, objects, mappings, shadows) = {
             let mut state = self.state();
             state.ended = true;
             state.open = false;
@@ -888,6 +1107,7 @@ impl Shared {
                 in_flight,
                 std::mem::take(&mut state.objects),
                 std::mem::take(&mut state.mappings),
+                std::mem::take(&mut state.shadows),
             )
         };
         for cancel in in_flight {
@@ -898,6 +1118,9 @@ impl Shared {
             for (offset, length) in mappings {
                 aperture.unmap(offset, length);
             }
+        }
+        for shadowed in shadows.values() {
+            shadowed.shadow.end();
         }
         for object in objects {
             // Already said: the session ends all the same.
@@ -970,9 +1193,19 @@ fn record_created(file: &File, call: &Call, memory: &[Arc<Charge>], places: Vec<
             let key = (change.space, change.handle);
             handles.entry(key).or_insert_with(|| Handle {
                 memory: memory.to_vec(),
+                offset: None,
                 _place: places.next(),
             });
         }
+    }
+}
+
+/// Notes where a successful call has said that a buffer can be mapped.
+fn record_offset(file: &File, call: &Call) {
+    if let Some((handle, offset)) = call.mapping_offset()
+        && let Some(handle) = file.handles().get_mut(&(Space::Gem, handle))
+    {
+        handle.offset = Some(offset);
     }
 }
 
@@ -981,7 +1214,7 @@ fn record_created(file: &File, call: &Call, memory: &[Arc<Charge>], places: Vec<
 pub struct Usage {
     /// Open files and other objects.
     pub objects: usize,
-    /// Bytes mapped into the aperture.
+    /// Bytes mapped, into the aperture or with pages of the guest.
     pub mapped: u64,
     /// Bytes of GPU memory that handles and exported objects keep.
     pub memory: u64,

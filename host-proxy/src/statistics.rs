@@ -20,7 +20,7 @@ pub(crate) struct Counters {
     limits: [AtomicU64; Limit::ALL.len()],
 }
 
-const OPERATIONS: usize = 12;
+const OPERATIONS: usize = 13;
 
 impl Counters {
     pub(crate) fn count(&self, operation: Operation) {

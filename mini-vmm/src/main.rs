@@ -82,7 +82,7 @@ struct Run {
     /// Size of the window in which the guest sees the GPU's memory; 0 for none. With vhost-user, the daemon knows the size.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     aperture: u64,
-    /// No window in which the guest sees the GPU's memory: the same as --aperture 0.
+    /// As '--aperture 0', which most VMMs are like: the GPU's memory is copied to and from the guest's where it is synchronized.
     #[arg(long, conflicts_with = "aperture")]
     no_aperture: bool,
     /// Who handles the GPU's requests: 'inline' the vCPU that makes them (lowest latency of a single one),

@@ -4,7 +4,7 @@
 //! longer developed, so it appears in this module alone, and golden-bytes tests hold the format.
 
 use crate::Errno;
-use crate::wire::VERSION;
+use crate::wire::{VERSION, feature};
 use bincode::config::{Configuration, Limit, LittleEndian, Varint};
 use serde::{Deserialize, Serialize};
 
@@ -21,19 +21,19 @@ pub struct Hello<'a> {
     pub version_min: u16,
     /// Highest protocol version that it speaks.
     pub version_max: u16,
-    /// Features that it can use; none is defined yet.
+    /// Features that it can use, of [`feature`].
     pub features: u64,
     /// Who it is, for the host's log: at most 64 characters are kept.
     pub guest: &'a str,
 }
 
 impl<'a> Hello<'a> {
-    /// What a guest of that name says that speaks [`VERSION`] alone.
+    /// What a guest of that name says that speaks [`VERSION`] alone, with all of its features.
     pub const fn new(guest: &'a str) -> Self {
         Self {
             version_min: VERSION,
             version_max: VERSION,
-            features: 0,
+            features: feature::MAP_PAGES,
             guest,
         }
     }
@@ -48,7 +48,8 @@ pub struct HelloReply<'a> {
     pub features: u64,
     /// What this guest may use.
     pub limits: Limits,
-    /// Size of the aperture in bytes, zero when there is none and mapping is refused.
+    /// Size of the aperture in bytes, zero when there is none; then only mapping with pages of the guest is left, if that is
+    /// among the features.
     pub aperture: u64,
     /// Who executes the operations.
     #[serde(borrow)]
@@ -78,7 +79,7 @@ pub struct Limits {
     pub objects: u32,
     /// Requests in flight that may block (`EAGAIN`).
     pub in_flight: u32,
-    /// Bytes mapped into the aperture (`ENOMEM`).
+    /// Bytes mapped, into the aperture or with pages of the guest, of which the host then keeps a copy (`ENOMEM`).
     pub mapped: u64,
     /// Bytes of GPU memory held by handles (`ENOMEM`).
     pub memory: u64,

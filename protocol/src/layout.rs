@@ -216,7 +216,7 @@ fn extend(total: &mut usize, length: usize) -> Result<usize, Errno> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schema::{Allocates, Answer, Blocking, Direction, command, rule::*};
+    use crate::schema::{Allocates, Answer, Blocking, Coherence, Direction, command, rule::*};
     use crate::{at, uapi_struct};
     use std::vec::Vec;
 
@@ -245,6 +245,7 @@ mod tests {
         blocking: Blocking::Never,
         allocates: Allocates::Nothing,
         answer: Answer::Forwarded,
+        coherence: Coherence::None,
         summary: "",
     };
 

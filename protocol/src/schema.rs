@@ -25,6 +25,8 @@ pub struct Ioctl {
     pub allocates: Allocates,
     /// Who answers it.
     pub answer: Answer,
+    /// What it does for memory that is mapped with pages of the guest.
+    pub coherence: Coherence,
     /// What it does, in one line.
     pub summary: &'static str,
 }
@@ -54,6 +56,21 @@ pub enum Answer {
     ConstantUnless(Condition),
     /// The guest driver, from what the hello says of the host driver.
     Identity,
+}
+
+/// What an ioctl does for memory that is mapped with pages of the guest ([`crate::wire::Operation::MapPages`]), of which host
+/// and guest have a copy each. It concerns the buffers whose GEM handles the call has, in fields and arrays; if it has none, all
+/// that its file has mapped.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Coherence {
+    /// Nothing.
+    None,
+    /// It tells, in the field at this offset of the argument, at which offset of the file the buffer can be mapped.
+    Offset(u16),
+    /// Before it, what the guest has written goes to the host.
+    ToHost,
+    /// After it has succeeded, what the GPU has written goes to the guest.
+    ToGuest,
 }
 
 /// The GPU memory that an ioctl allocates, for the guest's memory limit. The first new handle of the call holds it.

@@ -33,6 +33,12 @@ pub struct ConfigSpace {
     pub request_queues: U16,
 }
 
+/// Bits of the features in the hello.
+pub mod feature {
+    /// [`super::Operation::MapPages`]: for a device without an aperture.
+    pub const MAP_PAGES: u64 = 1;
+}
+
 /// What a request asks for. A number that is not here is answered with `ENOSYS`.
 #[repr(u16)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
@@ -62,6 +68,9 @@ pub enum Operation {
     Watch = 10,
     /// Size of the object: payload [`SizeResponse`]. `ESPIPE` when it has none.
     Size = 11,
+    /// Maps a range of the object with pages of the guest: body [`MapPagesRequest`], then its [`PageRange`]s, payload
+    /// [`MapResponse`]. Only with [`feature::MAP_PAGES`]. [`Operation::Unmap`] removes the mapping.
+    MapPages = 12,
 }
 
 impl Operation {
@@ -80,6 +89,7 @@ impl Operation {
             9 => Self::Nop,
             10 => Self::Watch,
             11 => Self::Size,
+            12 => Self::MapPages,
             _ => return None,
         })
     }
@@ -104,6 +114,7 @@ impl Operation {
             Self::Nop => "nop",
             Self::Watch => "watch",
             Self::Size => "size",
+            Self::MapPages => "map_pages",
         }
     }
 }
@@ -208,13 +219,45 @@ pub mod protection {
     pub const WRITE: u32 = 2;
 }
 
-/// Payload of the answer to [`Operation::Map`].
+/// Body of [`Operation::MapPages`].
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+pub struct MapPagesRequest {
+    /// As in [`MapRequest`].
+    pub offset: U64,
+    /// As in [`MapRequest`].
+    pub length: U64,
+    /// As in [`MapRequest`].
+    pub protection: U32,
+    /// How many [`PageRange`]s follow, at most [`PAGE_RANGES_MAX`] (`E2BIG`).
+    pub ranges: U32,
+}
+
+/// Most [`PageRange`]s of one mapping.
+pub const PAGE_RANGES_MAX: u32 = 65_536;
+
+/// Pages of the guest that show a part of a mapping.
+#[repr(C)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
+)]
+pub struct PageRange {
+    /// Guest-physical address, a multiple of [`PAGE_SIZE`].
+    pub address: U64,
+    /// Length in bytes, a multiple of [`PAGE_SIZE`] and not zero.
+    pub length: U64,
+}
+
+/// Payload of the answer to [`Operation::Map`] and [`Operation::MapPages`].
 #[repr(C)]
 #[derive(
     Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout, Unaligned,
 )]
 pub struct MapResponse {
-    /// Where in the aperture the mapping starts, in bytes.
+    /// Where in the aperture the mapping starts, in bytes. One with pages of the guest is nowhere there: it is a number that
+    /// names the mapping.
     pub aperture_offset: U64,
     /// Its length in bytes.
     pub length: U64,
@@ -310,10 +353,10 @@ mod tests {
 
     #[test]
     fn every_operation_keeps_its_number() {
-        for number in 0..12 {
+        for number in 0..13 {
             assert_eq!(Operation::from_number(number).unwrap().number(), number);
         }
-        assert_eq!(Operation::from_number(12), None);
+        assert_eq!(Operation::from_number(13), None);
     }
 
     #[test]

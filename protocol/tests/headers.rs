@@ -446,7 +446,7 @@ fn refused_ioctls_have_the_numbers_of_the_headers() {
 }
 
 mod wrong {
-    use pvgpu_protocol::schema::{Allocates, Answer, Blocking, Ioctl, command, rule::*};
+    use pvgpu_protocol::schema::{Allocates, Answer, Blocking, Coherence, Ioctl, command, rule::*};
     use pvgpu_protocol::uapi_struct;
 
     uapi_struct! {
@@ -477,6 +477,7 @@ mod wrong {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "",
         }
     }

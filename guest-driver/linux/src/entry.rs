@@ -10,6 +10,7 @@ use pvgpu_guest_driver::constants::Constants;
 use pvgpu_guest_driver::marshal::Caller;
 use pvgpu_guest_driver::session::{Host, Mapping, ObjectId, Session};
 use pvgpu_protocol::Errno;
+use pvgpu_protocol::wire::PageRange;
 
 /// Requests of one call: the operation itself, and its cancellation.
 const IDS: u32 = 2;
@@ -54,6 +55,7 @@ pub struct Identity {
     name: [c_char; 33],
     version: [c_int; 3],
     aperture: u64,
+    pages: bool,
 }
 
 /// Says hello. Gives what every other function here needs (freed with `kfree`), or null with the errno in `error`.
@@ -83,6 +85,7 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
     }
     identity.version = host.driver_version;
     identity.aperture = host.aperture;
+    identity.pages = host.maps_pages;
     // SAFETY: room for a `Shared`, aligned to 16 bytes, or null; zeroed, which is what an empty `Constants` is.
     unsafe {
         let memory: *mut Shared = kernel::pvgpu_allocate(size_of::<Shared>()).cast();
@@ -174,6 +177,45 @@ pub unsafe extern "C" fn pvgpu_rust_map(
         }
         *aperture_offset = mapping.aperture_offset;
         Ok(0)
+    }))
+}
+
+/// Maps a range of an object with pages of this kernel, `count` ranges of which are as long as it is; `number` is then what
+/// [`pvgpu_rust_unmap`] takes. `-EIO` when nobody knows whether it is mapped.
+///
+/// # Safety
+///
+/// As for `session`; `ranges` are so many, and `number` is written. The host writes to the pages until they are unmapped or the
+/// device is reset.
+#[unsafe(no_mangle)]
+#[allow(clippy::too_many_arguments)] // as many as the operation has
+pub unsafe extern "C" fn pvgpu_rust_map_pages(
+    device: *mut Device,
+    host: *const Shared,
+    object: c_int,
+    offset: u64,
+    length: u64,
+    protection: u32,
+    ranges: *const PageRange,
+    count: u32,
+    number: &mut u64,
+) -> c_int {
+    // SAFETY: the caller's promise; the record has no alignment.
+    let (mut session, ranges) = unsafe {
+        (
+            session(device, host, Patience::Killable),
+            core::slice::from_raw_parts(ranges, count as usize),
+        )
+    };
+    let mapped = session.map_pages(ObjectId(object), offset, length, protection, ranges);
+    self::number(mapped.and_then(|mapping| {
+        *number = mapping.aperture_offset;
+        // Otherwise it could not be unmapped.
+        if mapping.length == length {
+            Ok(0)
+        } else {
+            Err(Errno::EIO)
+        }
     }))
 }
 

@@ -26,6 +26,7 @@ const EXECUTABLE: u32 = libc::PROT_EXEC.cast_unsigned();
 
 const MEMORY: &str = "memory that is not executable";
 const CLOSES: &str = "closes descriptors that it is the last to hold";
+const COPIES: &str = "copies between mapped objects and pages of a guest without an aperture";
 const STARTS: &str = "starts and names threads, which end";
 
 /// What the standard library and the C library do on any thread: memory, locks, time, threads, messages.
@@ -93,6 +94,8 @@ pub static THREAD: &[Allowed] = &[
 pub static DEVICE: &[Allowed] = &[
     Allowed::any(libc::SYS_read, "doorbells"),
     Allowed::any(libc::SYS_epoll_wait, "doorbells"),
+    Allowed::any(libc::SYS_pwrite64, COPIES),
+    Allowed::any(libc::SYS_preadv, COPIES),
     Allowed::equal(
         libc::SYS_fcntl,
         1,

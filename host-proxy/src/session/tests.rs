@@ -237,7 +237,16 @@ fn worker_time_over_the_limit_is_eagain_until_it_has_come_back() {
     let time = Duration::from_millis(20);
     let driver = Arc::new(Bad::new(|| Arc::new(Busy)));
     let counters = Arc::default();
-    let session = Session::with_counters(driver, None, limits, time, None, counters, Filter::OFF);
+    let session = Session::with_counters(
+        driver,
+        None,
+        limits,
+        time,
+        None,
+        None,
+        counters,
+        Filter::OFF,
+    );
     let session = greeted(session);
     let file = open(&session);
     let begin = std::time::Instant::now();

@@ -1,4 +1,5 @@
-//! Memory of the embedded GPU: one sealed memfd per buffer object, and the engine's mapping of it.
+//! Memory of the embedded GPU: one sealed memfd per buffer object, and the engine's mapping of it. (The proxy's scratch memory
+//! is one, too.)
 //!
 //! Guests map the same pages and write them whenever they like, so nothing here may ever make a Rust reference to
 //! them: all access copies between them and private buffers ([`Memory::read`], [`Memory::write`]). The only `unsafe`
@@ -13,22 +14,22 @@ use std::sync::Arc;
 use vm_memory::{FileOffset, MmapRegion, VolatileMemory};
 
 /// Size of a page: buffer objects are whole pages.
-pub(super) const PAGE: u64 = 4096;
+pub(crate) const PAGE: u64 = 4096;
 
 /// An access beyond the memory.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct OutOfBounds;
+pub(crate) struct OutOfBounds;
 
 /// Pages that nobody can take away: their file cannot shrink, so that touching a mapping of it never faults.
 #[derive(Debug)]
-pub(super) struct Memory {
+pub(crate) struct Memory {
     region: MmapRegion,
     file: Arc<File>,
 }
 
 impl Memory {
     /// Makes `size` bytes of zeros; `size` must be a multiple of [`PAGE`] and not zero.
-    pub(super) fn new(size: u64) -> io::Result<Self> {
+    pub(crate) fn new(size: u64) -> io::Result<Self> {
         let length = usize::try_from(size).map_err(|_| io::ErrorKind::OutOfMemory)?;
         let file = Arc::new(memfd()?);
         file.set_len(size)?;
@@ -40,7 +41,7 @@ impl Memory {
     }
 
     /// Copies the bytes at `offset` to a private buffer.
-    pub(super) fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), OutOfBounds> {
+    pub(crate) fn read(&self, offset: u64, to: &mut [u8]) -> Result<(), OutOfBounds> {
         let offset = usize::try_from(offset).map_err(|_| OutOfBounds)?;
         let slice = self.region.get_slice(offset, to.len());
         slice.map_err(|_| OutOfBounds)?.copy_to(to);
@@ -48,15 +49,20 @@ impl Memory {
     }
 
     /// Copies a private buffer to the bytes at `offset`.
-    pub(super) fn write(&self, offset: u64, from: &[u8]) -> Result<(), OutOfBounds> {
+    pub(crate) fn write(&self, offset: u64, from: &[u8]) -> Result<(), OutOfBounds> {
         let offset = usize::try_from(offset).map_err(|_| OutOfBounds)?;
         let slice = self.region.get_slice(offset, from.len());
         slice.map_err(|_| OutOfBounds)?.copy_from(from);
         Ok(())
     }
 
+    /// Its file, for the kernel to copy from and to.
+    pub(crate) fn file(&self) -> &File {
+        &self.file
+    }
+
     /// A descriptor of the memory of its own.
-    pub(super) fn descriptor(&self) -> io::Result<OwnedFd> {
+    pub(crate) fn descriptor(&self) -> io::Result<OwnedFd> {
         self.file.as_fd().try_clone_to_owned()
     }
 }

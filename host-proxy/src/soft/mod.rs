@@ -12,7 +12,7 @@ mod fence;
 mod file;
 mod handle;
 mod matrix;
-mod memory;
+pub(crate) mod memory;
 mod raster;
 mod syncobj;
 #[cfg(test)]

@@ -8,8 +8,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space,
-    command, rule::*,
+    Allocates, Answer, Blocking, Coherence, Condition, Count, Descriptor, Direction, Element,
+    Ioctl, Space, command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 
@@ -397,6 +397,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Identity,
+            coherence: Coherence::None,
             summary: "Name, version, date and description of the driver.",
         },
         Ioctl {
@@ -407,6 +408,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Gives a buffer's handle back; the memory lives on while it is mapped, exported or in use.",
         },
         Ioctl {
@@ -418,6 +420,7 @@ pub static FAMILY: Family = Family {
             allocates: Allocates::Nothing,
             // All say what the driver and its display hardware can do, not what they do now.
             answer: Answer::Constant,
+            coherence: Coherence::None,
             summary: "Value of one capability of the driver.",
         },
         Ioctl {
@@ -428,6 +431,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Tells what the client understands; about mode setting only, so render nodes refuse it.",
         },
         Ioctl {
@@ -438,6 +442,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Exports a buffer as a dma-buf.",
         },
         Ioctl {
@@ -448,6 +453,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Imports a dma-buf; the same buffer gives the same handle again.",
         },
         Ioctl {
@@ -458,6 +464,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Makes a synchronization object.",
         },
         Ioctl {
@@ -468,6 +475,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Gives a synchronization object back.",
         },
         Ioctl {
@@ -478,6 +486,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Exports a synchronization object, or its fence as a sync file.",
         },
         Ioctl {
@@ -488,6 +497,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Imports a synchronization object, or a sync file's fence into one.",
         },
         Ioctl {
@@ -502,6 +512,7 @@ pub static FAMILY: Family = Family {
             }]),
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToGuest,
             summary: "Waits until one or all of some synchronization objects are signaled.",
         },
         Ioctl {
@@ -512,6 +523,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Takes the fences out of synchronization objects.",
         },
         Ioctl {
@@ -522,6 +534,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Signals synchronization objects.",
         },
         Ioctl {
@@ -536,6 +549,7 @@ pub static FAMILY: Family = Family {
             }]),
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToGuest,
             summary: "Waits until one or all of some points of timelines are signaled or at least submitted.",
         },
         Ioctl {
@@ -546,6 +560,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Points that timelines have reached.",
         },
         Ioctl {
@@ -560,6 +575,7 @@ pub static FAMILY: Family = Family {
             }),
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Attaches the fence of one synchronization object to a point of another.",
         },
         Ioctl {
@@ -570,6 +586,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Signals points of timelines.",
         },
         Ioctl {
@@ -580,6 +597,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Signals an eventfd of the session when a synchronization object is signaled.",
         },
     ],

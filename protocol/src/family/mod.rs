@@ -7,7 +7,7 @@ pub mod vgem;
 pub mod virtio_gpu;
 
 use crate::Errno;
-use crate::schema::{Ioctl, command};
+use crate::schema::{Coherence, Ioctl, command};
 use refused::Refused;
 
 /// The ioctls of one header.
@@ -43,6 +43,13 @@ pub fn find(families: &[&'static Family], command: u32) -> Result<&'static Ioctl
     }
 }
 
+/// Whether memory can be mapped with pages of the guest: some ioctl takes to the host what a guest has written there. A driver
+/// with none would never hear of it.
+pub fn maps_pages(families: &[&'static Family]) -> bool {
+    let mut ioctls = families.iter().flat_map(|family| family.ioctls);
+    ioctls.any(|ioctl| ioctl.coherence == Coherence::ToHost)
+}
+
 /// All families.
 pub static ALL: &[&Family] = &[
     &core::FAMILY,
@@ -64,7 +71,9 @@ pub fn of_driver(name: &str) -> &'static [&'static Family] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::schema::{Allocates, Answer, Blocking, Condition, Count, Element, Kind, Struct};
+    use crate::schema::{
+        Allocates, Answer, Blocking, Condition, Count, Element, Kind, Space, Struct,
+    };
     use crate::{at, uapi_struct};
     use std::collections::BTreeSet;
     use std::format;
@@ -155,6 +164,32 @@ mod tests {
                     "{}: allocates memory that no new handle holds",
                     ioctl.name
                 ));
+            }
+            if ioctl.coherence != Coherence::None && ioctl.answer != Answer::Forwarded {
+                faults.push(format!("{}: synchronizes without the host", ioctl.name));
+            }
+            if let Coherence::Offset(offset) = ioctl.coherence {
+                let field = ioctl
+                    .argument
+                    .fields
+                    .iter()
+                    .find(|field| field.offset == offset);
+                if field.is_none_or(|field| field.size != 8 || field.rules != [OUTPUT]) {
+                    faults.push(format!("{}: gives no offset at {offset}", ioctl.name));
+                }
+                let handles = ioctl.argument.fields.iter().flat_map(|field| field.rules);
+                let gem = |rule: &&Rule| {
+                    matches!(
+                        rule.kind,
+                        Kind::Handle {
+                            space: Space::Gem,
+                            ..
+                        }
+                    )
+                };
+                if handles.filter(gem).count() != 1 {
+                    faults.push(format!("{}: gives the offset of no one buffer", ioctl.name));
+                }
             }
             faults.extend(struct_faults(ioctl.argument, 1));
             if ioctl.command & command::READ == 0 {
@@ -318,6 +353,20 @@ mod tests {
     }
 
     #[test]
+    fn a_driver_whose_memory_goes_to_the_host_at_some_points_comes_back_at_others() {
+        for (name, expected) in [("soft", true), ("virtio_gpu", true), ("vgem", false)] {
+            let families = of_driver(name);
+            assert_eq!(maps_pages(families), expected, "{name}");
+            let ioctls = || families.iter().flat_map(|family| family.ioctls);
+            let offsets = ioctls().filter(|ioctl| matches!(ioctl.coherence, Coherence::Offset(_)));
+            assert_eq!(offsets.count(), usize::from(expected), "{name}");
+            let own = families.last().unwrap().ioctls.iter();
+            let comes_back = own.filter(|ioctl| ioctl.coherence == Coherence::ToGuest);
+            assert_eq!(comes_back.count(), usize::from(expected), "{name}");
+        }
+    }
+
+    #[test]
     fn no_two_ioctls_of_a_driver_have_the_same_number() {
         for name in ALL.iter().map(|family| family.name) {
             let mut numbers = BTreeSet::new();
@@ -458,7 +507,7 @@ mod tests {
         }
     }
 
-    use crate::schema::{Direction, rule::*};
+    use crate::schema::{Direction, Rule, rule::*};
 
     #[test]
     fn a_table_that_contradicts_itself_is_noticed() {
@@ -478,6 +527,7 @@ mod tests {
                 mask: 1,
                 equals: 1,
             }),
+            coherence: Coherence::Offset(4),
             summary: "",
         }];
         let faults = faults(BROKEN).join("\n");
@@ -488,6 +538,9 @@ mod tests {
             "BROKEN: condition on offset 5, where no integer is",
             "BROKEN: a constant answer cannot make or use what a file owns",
             "BROKEN: allocates by offset 1, where no integer is",
+            "BROKEN: synchronizes without the host",
+            "BROKEN: gives no offset at 4",
+            "BROKEN: gives the offset of no one buffer",
             "BROKEN: allocates memory that no new handle holds",
             "broken: short: 4 bytes are the wrong size for its rule",
             "broken: short: counted by offset 2, where no integer is",

@@ -8,8 +8,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space,
-    command, rule::*,
+    Allocates, Answer, Blocking, Coherence, Condition, Count, Descriptor, Direction, Element,
+    Ioctl, Space, command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -275,6 +275,7 @@ pub static FAMILY: Family = Family {
                 mask: u64::MAX,
                 equals: param::MEMORY_FREE,
             }),
+            coherence: Coherence::None,
             summary: "Reads a parameter of the device",
         },
         Ioctl {
@@ -285,6 +286,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Bytes(0),
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Creates a buffer object",
         },
         Ioctl {
@@ -295,6 +297,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::Offset(at!(GemMmap.offset)),
             summary: "Tells the offset at which a buffer object can be mapped",
         },
         Ioctl {
@@ -305,6 +308,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Tells the size of a buffer object and whether it is busy",
         },
         Ioctl {
@@ -315,6 +319,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToHost,
             summary: "Queues commands for execution",
         },
         Ioctl {
@@ -329,6 +334,7 @@ pub static FAMILY: Family = Family {
             }]),
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToGuest,
             summary: "Waits for a submission or a buffer object",
         },
         Ioctl {
@@ -339,6 +345,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Counts resets, hangs and faults",
         },
     ],

@@ -6,7 +6,7 @@
 #![allow(clippy::cast_possible_truncation)] // offsets in structs of a few bytes
 
 use super::Family;
-use crate::schema::{Allocates, Answer, Blocking, Ioctl, Space, command, rule::*};
+use crate::schema::{Allocates, Answer, Blocking, Coherence, Ioctl, Space, command, rule::*};
 use crate::{Errno, at, uapi_struct};
 
 /// Flag of [`FenceAttach`]: the fence is for a write, so readers wait for it too.
@@ -101,6 +101,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Attaches a new fence to a buffer; it ends by itself after 10 seconds.",
         },
         Ioctl {
@@ -111,6 +112,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Signals a fence of this file.",
         },
         Ioctl {
@@ -125,6 +127,7 @@ pub static FAMILY: Family = Family {
                 bits_per_pixel: at!(CreateDumb.bpp),
             },
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Makes a buffer for an image (card node only).",
         },
         Ioctl {
@@ -135,6 +138,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Where to map such a buffer.",
         },
         Ioctl {
@@ -145,6 +149,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Gives such a buffer's handle back.",
         },
     ],

@@ -7,8 +7,8 @@
 
 use super::Family;
 use crate::schema::{
-    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Space,
-    command, rule::*,
+    Allocates, Answer, Blocking, Coherence, Condition, Count, Descriptor, Direction, Element,
+    Ioctl, Space, command, rule::*,
 };
 use crate::{Errno, at, uapi_struct};
 
@@ -416,6 +416,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::Offset(at!(Map.offset)),
             summary: "Where to map a resource.",
         },
         Ioctl {
@@ -438,6 +439,7 @@ pub static FAMILY: Family = Family {
             ]),
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToHost,
             summary: "Submits commands of the 3D renderer.",
         },
         Ioctl {
@@ -449,6 +451,7 @@ pub static FAMILY: Family = Family {
             allocates: Allocates::Nothing,
             // The driver settles all of them while it sets its device up.
             answer: Answer::Constant,
+            coherence: Coherence::None,
             summary: "Value of one parameter of the driver.",
         },
         Ioctl {
@@ -459,6 +462,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Bytes(at!(ResourceCreate.size)),
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Makes a texture or a buffer with guest memory behind it.",
         },
         Ioctl {
@@ -469,6 +473,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Size, number and memory of a resource.",
         },
         Ioctl {
@@ -480,6 +485,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Starts a copy from the renderer into the memory of a resource.",
         },
         Ioctl {
@@ -491,6 +497,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToHost,
             summary: "Starts a copy from the memory of a resource to the renderer.",
         },
         Ioctl {
@@ -505,6 +512,7 @@ pub static FAMILY: Family = Family {
             }]),
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::ToGuest,
             summary: "Waits until a resource is not in use any more.",
         },
         Ioctl {
@@ -517,6 +525,7 @@ pub static FAMILY: Family = Family {
             allocates: Allocates::Nothing,
             // The driver itself keeps what its device said the first time.
             answer: Answer::Constant,
+            coherence: Coherence::None,
             summary: "What the renderer can do, in one of its formats.",
         },
         Ioctl {
@@ -527,6 +536,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Bytes(at!(ResourceCreateBlob.size)),
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Makes a resource that is plain memory.",
         },
         Ioctl {
@@ -537,6 +547,7 @@ pub static FAMILY: Family = Family {
             blocking: Blocking::Never,
             allocates: Allocates::Nothing,
             answer: Answer::Forwarded,
+            coherence: Coherence::None,
             summary: "Makes the file's context with parameters.",
         },
     ],

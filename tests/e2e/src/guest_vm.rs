@@ -13,8 +13,8 @@ use std::io::{self, Write};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-/// Size of the aperture: room for the buffers of every scenario.
-const APERTURE: u64 = 256 << 20;
+/// Size of an aperture with room for the buffers of every scenario.
+pub const APERTURE: u64 = 256 << 20;
 
 /// What came of a run.
 pub struct Run {
@@ -26,15 +26,20 @@ pub struct Run {
     pub picture: Option<Picture>,
 }
 
-/// Boots the test guest with these words on its command line, and calls `line` for each line that it prints.
+/// Boots the test guest with these words on its command line and an aperture of that size, zero for none; and calls `line` for
+/// each line that it prints.
 pub fn run(
     guest: &Path,
     command_line: &str,
     driver: Arc<dyn HostDriver>,
-    doorbell: Doorbell,
+    (doorbell, aperture): (Doorbell, u64),
     line: impl FnMut(&str) + Send + 'static,
 ) -> Result<Run, VmError> {
-    run_with(guest, command_line, in_process(driver, doorbell), line)
+    let mut gpu = in_process(driver, doorbell);
+    if let Gpu::InProcess { aperture: size, .. } = &mut gpu {
+        *size = aperture;
+    }
+    run_with(guest, command_line, gpu, line)
 }
 
 /// As [`run`], with any GPU.

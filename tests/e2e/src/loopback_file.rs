@@ -2,7 +2,7 @@
 //! and the VM. The scenarios draw through it in tests that need neither KVM nor a guest.
 #![allow(unsafe_code)]
 
-use std::cell::RefCell;
+use std::cell::{Cell, RefCell};
 use std::io;
 use std::rc::Rc;
 use std::sync::Arc;
@@ -13,9 +13,13 @@ use pvgpu_guest_driver::session::{Mapping, ObjectId, Session};
 use pvgpu_host_proxy::Limits;
 use pvgpu_host_proxy::aperture::{Aperture, Reservation};
 use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::session::Session as HostSession;
 use pvgpu_protocol::Errno;
-use pvgpu_protocol::wire::{open, protection};
+use pvgpu_protocol::wire::{PageRange, open, protection};
 use pvgpu_scenarios::DeviceFile;
+use vm_memory::{
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+};
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::loopback::Loopback;
@@ -26,7 +30,16 @@ const APERTURE: u64 = 256 << 20;
 /// What the files of one guest share.
 struct Guest {
     session: RefCell<Session<'static, Loopback>>,
-    reservation: Arc<Reservation>,
+    memory: Memory,
+    /// Bytes of the guest's own memory that it has mapped with; none are used again.
+    used: Cell<u64>,
+}
+
+/// Where mappings are.
+enum Memory {
+    Aperture(Arc<Reservation>),
+    /// In the guest's own memory.
+    Guest(GuestMemoryAtomic<GuestMemoryMmap>),
 }
 
 /// An open file.
@@ -41,10 +54,24 @@ impl LoopbackFile {
         let reservation = Arc::new(Reservation::new(APERTURE)?);
         let aperture = Arc::new(Aperture::new(Arc::clone(&reservation) as _));
         let channel = Loopback::watching(driver, Some(aperture), Limits::default());
+        Self::connect(channel, Memory::Aperture(reservation))
+    }
+
+    /// As [`LoopbackFile::open`], but the guest has no aperture, and maps with pages of its own.
+    pub fn open_without_aperture(driver: Arc<dyn HostDriver>) -> io::Result<Self> {
+        let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), APERTURE as usize)]);
+        let memory = GuestMemoryAtomic::new(memory.map_err(io::Error::other)?);
+        let limits = Limits::default();
+        let session = HostSession::without_aperture(driver, memory.clone(), limits, None)?;
+        Self::connect(Loopback::new(session), Memory::Guest(memory))
+    }
+
+    fn connect(channel: Loopback, memory: Memory) -> io::Result<Self> {
         let session = Session::connect(channel, "loopback").map_err(io::Error::other)?;
         let guest = Rc::new(Guest {
             session: RefCell::new(session),
-            reservation,
+            memory,
+            used: Cell::new(0),
         });
         Self::open_in(&guest).map_err(io::Error::other)
     }
@@ -111,10 +138,27 @@ impl DeviceFile for LoopbackFile {
     fn map(&mut self, offset: u64, length: usize) -> Result<LoopbackMapping, Errno> {
         let access = protection::READ | protection::WRITE;
         let mut session = self.guest.session.borrow_mut();
-        let mapping = session.map(self.file, offset, length as u64, access)?;
+        let length = length as u64;
+        let (mapping, place) = match &self.guest.memory {
+            Memory::Aperture(_) => {
+                let mapping = session.map(self.file, offset, length, access)?;
+                (mapping, mapping.aperture_offset)
+            }
+            Memory::Guest(_) => {
+                let place = self.guest.used.get();
+                let pages = PageRange {
+                    address: place.into(),
+                    length: length.into(),
+                };
+                self.guest.used.set(place + length);
+                let mapping = session.map_pages(self.file, offset, length, access, &[pages])?;
+                (mapping, place)
+            }
+        };
         Ok(LoopbackMapping {
             guest: Rc::clone(&self.guest),
             mapping,
+            place,
         })
     }
 
@@ -127,10 +171,12 @@ impl DeviceFile for LoopbackFile {
     }
 }
 
-/// A buffer object in the aperture.
+/// A buffer object in the aperture, or in pages of the guest.
 pub struct LoopbackMapping {
     guest: Rc<Guest>,
     mapping: Mapping,
+    /// Where it starts in the one or the other.
+    place: u64,
 }
 
 impl LoopbackMapping {
@@ -142,8 +188,16 @@ impl LoopbackMapping {
             "{length} bytes at {offset} are outside of {:?}",
             self.mapping
         );
-        let start = self.guest.reservation.host_address() + self.mapping.aperture_offset;
-        std::ptr::with_exposed_provenance_mut(start as usize + offset)
+        let place = self.place + offset as u64;
+        match &self.guest.memory {
+            Memory::Aperture(reservation) => {
+                std::ptr::with_exposed_provenance_mut((reservation.host_address() + place) as usize)
+            }
+            Memory::Guest(memory) => {
+                let address = memory.memory().get_host_address(GuestAddress(place));
+                address.expect("a mapping lies inside of the guest's memory")
+            }
+        }
     }
 }
 
@@ -161,7 +215,7 @@ impl pvgpu_scenarios::Mapping for LoopbackMapping {
 
     fn read(&self, offset: usize, bytes: &mut [u8]) {
         let source = self.at(offset, bytes.len());
-        // SAFETY: `at` has checked the range, which the aperture keeps mapped; `bytes` is not part of it.
+        // SAFETY: `at` has checked the range, which aperture or memory keep mapped; `bytes` is not part of it.
         unsafe { std::ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) }
     }
 

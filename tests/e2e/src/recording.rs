@@ -1,6 +1,6 @@
 //! A host driver that records what reaches it, for tests of everything in front of a driver.
 //!
-//! It speaks the schemas of `virtio_gpu`, answers every ioctl with success, gives out handles, and waits where the
+//! It speaks the schemas of `virtio_gpu`, answers every ioctl with success, gives out handles and offsets, and waits where the
 //! real driver would until it is cancelled. One that inspects ([`Recording::inspecting`]) never waits, and looks at every call
 //! as the kernel behind a real node would ([`crate::inspection`]).
 
@@ -8,7 +8,7 @@ use pvgpu_host_proxy::Errno;
 use pvgpu_host_proxy::call::Call;
 use pvgpu_host_proxy::cancel::Cancel;
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity, Mapping};
-use pvgpu_protocol::schema::Kind;
+use pvgpu_protocol::schema::{Coherence, Kind};
 use std::fs::File;
 use std::ops::Range;
 use std::os::fd::OwnedFd;
@@ -24,6 +24,9 @@ pub const TO_READ: &[u8] = b"an event of the host";
 /// What the size of any of its objects is.
 pub const SIZE: u64 = 12 << 12;
 
+/// Where a buffer can be mapped: at its handle times this.
+pub const STRIDE: u64 = 1 << 20;
+
 /// The driver.
 pub struct Recording {
     identity: Identity,
@@ -38,6 +41,8 @@ pub struct Record {
     open: AtomicUsize,
     /// Handles given out so far, all files together: 1, 2, ...
     handles: AtomicU32,
+    /// Events that a poll of any object finds.
+    ready: AtomicU32,
     /// What has been seen, if it inspects.
     inspected: Option<Mutex<Inspected>>,
 }
@@ -99,6 +104,11 @@ impl Record {
         result
     }
 
+    /// From now on, a poll of any object finds these events, if it is for them.
+    pub fn set_ready(&self, events: u32) {
+        self.ready.store(events, Ordering::SeqCst);
+    }
+
     /// How many files and other objects are open.
     pub fn open(&self) -> usize {
         self.open.load(Ordering::SeqCst)
@@ -137,6 +147,11 @@ impl Recording {
             }),
             ..Self::default()
         }
+    }
+
+    /// The memory of all objects: a mapping of any shows what lies here at its offset.
+    pub fn memory(&self) -> Arc<File> {
+        Arc::clone(&self.memory)
     }
 
     /// What will have reached it.
@@ -199,6 +214,16 @@ impl HostObject for Object {
             let handle = self.0.handles.fetch_add(1, Ordering::SeqCst) + 1;
             bytes.copy_from_slice(&handle.to_le_bytes());
         }
+        if let Coherence::Offset(field) = call.ioctl().coherence {
+            let handles = call.ioctl().argument.fields.iter();
+            let handles =
+                handles.filter(|field| matches!(field.rules[0].kind, Kind::Handle { .. }));
+            let handle: u64 = handles.map(|field| field.read(call.argument())).sum();
+            let field = usize::from(field);
+            if let Some(bytes) = call.bytes_mut().get_mut(field..field + 8) {
+                bytes.copy_from_slice(&(handle * STRIDE).to_le_bytes());
+            }
+        }
         let out: Vec<_> = call.fds_out().collect();
         for field in out {
             call.put_object(field, Arc::new(Self::new(&self.0, &self.1)));
@@ -224,7 +249,11 @@ impl HostObject for Object {
         Ok(SIZE)
     }
 
-    fn poll(&self, _: u32, timeout: Option<Duration>, cancel: &Cancel) -> Result<u32, Errno> {
+    fn poll(&self, events: u32, timeout: Option<Duration>, cancel: &Cancel) -> Result<u32, Errno> {
+        let ready = events & self.0.ready.load(Ordering::SeqCst);
+        if ready != 0 {
+            return Ok(ready);
+        }
         Self::wait(cancel, timeout.unwrap_or(Duration::from_secs(60)))?;
         Ok(0)
     }

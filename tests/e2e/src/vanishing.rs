@@ -188,14 +188,26 @@ fn lose_beside_another_guest(guest: &Path, loss: Loss) -> Result<u64, Box<dyn st
     let (done, ended) = channel();
     let (driver, path) = (Arc::new(Vanishing::new(loss)?), guest.to_owned());
     let losing = thread::spawn(move || {
-        let run = guest_vm::run(&path, "scenario=draw", driver, Doorbell::Worker, |_| ());
+        let run = guest_vm::run(
+            &path,
+            "scenario=draw",
+            driver,
+            (Doorbell::Worker, guest_vm::APERTURE),
+            |_| (),
+        );
         done.send(()).unwrap_or(());
         run
     });
 
     let soft = || SoftDriver::new(PATIENT).map(Arc::new);
     let expected = scenarios::soft::draw(&mut LoopbackFile::open(soft()?)?, &mut |_, _| {})?;
-    let other = guest_vm::run(guest, "scenario=draw", soft()?, Doorbell::Worker, |_| ())?;
+    let other = guest_vm::run(
+        guest,
+        "scenario=draw",
+        soft()?,
+        (Doorbell::Worker, guest_vm::APERTURE),
+        |_| (),
+    )?;
     ensure!(
         other.picture.as_ref() == Some(&expected),
         "the other guest has not drawn its picture: {:?}",

@@ -16,17 +16,22 @@ use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::at;
 use pvgpu_protocol::family::core;
 use pvgpu_protocol::family::virtio_gpu::{self as gpu, GetParam, exec};
-use pvgpu_protocol::wire::{self, Operation, RequestHeader, ResponseHeader, open};
+use pvgpu_protocol::wire::{self, Operation, PageRange, RequestHeader, ResponseHeader, open};
 use std::collections::HashMap;
 use std::fmt::Write;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 
 /// A host driver with the answers of the examples.
 struct Example(Identity);
 
 struct Object;
+
+/// Handles: of a resource of one page, and of a larger one.
+const UNMAPPABLE: u32 = 1;
+const MAPPABLE: u32 = 2;
 
 impl HostDriver for Example {
     fn identity(&self) -> &Identity {
@@ -47,7 +52,9 @@ impl HostObject for Object {
             }
             gpu::RESOURCE_CREATE => {
                 let mut create: gpu::ResourceCreate = call.read_argument();
-                (create.bo_handle, create.res_handle) = (1, 7);
+                let large = create.size > 4096;
+                let handle = if large { MAPPABLE } else { UNMAPPABLE };
+                (create.bo_handle, create.res_handle) = (handle, 7);
                 call.write_argument(&create);
             }
             core::SYNCOBJ_CREATE => {
@@ -61,7 +68,14 @@ impl HostObject for Object {
                     call.put_object(field, Arc::new(Object));
                 }
             }
-            gpu::MAP => return Err(Errno::EINVAL),
+            gpu::MAP => {
+                let mut map: gpu::Map = call.read_argument();
+                if map.handle == UNMAPPABLE {
+                    return Err(Errno::EINVAL);
+                }
+                map.offset = 0x1000_0000;
+                call.write_argument(&map);
+            }
             _ => return Err(Errno::ENOTTY),
         }
         Ok(0)
@@ -157,19 +171,22 @@ fn examples() -> Vec<(&'static str, String)> {
         date: "0".into(),
         description: "virtio GPU".into(),
     };
+    let driver = Arc::new(Example(identity));
     let aperture = Arc::new(Aperture::reserve(256 << 20).unwrap());
-    let host = HostSession::new(
-        Arc::new(Example(identity)),
-        Some(aperture),
-        Limits::default(),
-    );
-    let tap = Tap {
-        inner: Loopback::new(host),
-        request: Vec::new(),
-        response: Vec::new(),
+    let host = HostSession::new(driver.clone(), Some(aperture), Limits::default());
+    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let memory = GuestMemoryAtomic::new(memory);
+    let without = HostSession::without_aperture(driver, memory, Limits::default(), None).unwrap();
+    let connect = |host| {
+        let tap = Tap {
+            inner: Loopback::new(host),
+            request: Vec::new(),
+            response: Vec::new(),
+        };
+        Session::connect(tap, "example").unwrap()
     };
     let mut examples = Vec::new();
-    let mut session = Session::connect(tap, "example").unwrap();
+    let mut session = connect(host);
     let mut add = |name, session: &mut Session<Tap>, request: &[Part], response: &[Part]| {
         let tap = session.channel();
         let text = [
@@ -184,7 +201,7 @@ fn examples() -> Vec<(&'static str, String)> {
         &[
             (1, "version_min = 1"),
             (1, "version_max = 1"),
-            (1, "features = 0"),
+            (1, "features = map_pages"),
             (1, "guest: 7 bytes"),
             (7, "\"example\""),
         ],
@@ -344,6 +361,42 @@ fn examples() -> Vec<(&'static str, String)> {
         &[],
     );
 
+    let mut other = connect(without);
+    let other_file = other.open(open::RDWR).unwrap();
+    create.size = 2 * 4096;
+    let address = &raw mut create as u64;
+    let result = other.ioctl(other_file, gpu::RESOURCE_CREATE, address, &mut caller);
+    assert_eq!((result, create.bo_handle), (Ok(0), MAPPABLE));
+    let mut map = gpu::Map {
+        handle: MAPPABLE,
+        ..Default::default()
+    };
+    let address = &raw mut map as u64;
+    let result = other.ioctl(other_file, gpu::MAP, address, &mut caller);
+    assert_eq!((result, map.offset), (Ok(0), 0x1000_0000));
+    let ranges = [0x1_2000u64, 0x4_0000].map(|address| PageRange {
+        address: address.into(),
+        length: 4096.into(),
+    });
+    other
+        .map_pages(other_file, map.offset, 2 * 4096, 3, &ranges)
+        .unwrap();
+    add(
+        "map_pages",
+        &mut other,
+        &[
+            (8, "offset"),
+            (8, "length = 8192"),
+            (4, "protection = PROT_READ | PROT_WRITE"),
+            (4, "ranges = 2"),
+            (8, "address"),
+            (8, "length = 4096"),
+            (8, "address"),
+            (8, "length = 4096"),
+        ],
+        &[(8, "aperture_offset: mapping 1"), (8, "length = 8192")],
+    );
+
     let map_fields = [(8, "offset"), (4, "handle = 1"), (4, "pad")];
     let mut map = gpu::Map {
         handle: 1,
@@ -461,6 +514,7 @@ fn the_document_gives_every_fixed_record_its_size() {
         ("Body of `open`", size_of::<wire::OpenRequest>()),
         ("Body of `ioctl`", size_of::<wire::IoctlRequest>()),
         ("Body of `map`", size_of::<wire::MapRequest>()),
+        ("Body of `map_pages`", size_of::<wire::MapPagesRequest>()),
         (
             "Payload of the answer to `map`",
             size_of::<wire::MapResponse>(),

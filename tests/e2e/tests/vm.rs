@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use guest_program::{guest, with_kvm};
 use pvgpu_e2e::double_fetch;
-use pvgpu_e2e::guest_vm::{self, Lines, Run};
+use pvgpu_e2e::guest_vm::{self, APERTURE, Lines, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
 use pvgpu_e2e::vanishing::{self, Loss};
 use pvgpu_host_proxy::device::Doorbell;
@@ -24,15 +24,26 @@ fn driver() -> Arc<SoftDriver> {
 
 /// Boots the guest with these words on its command line; `None` where there is no KVM and that is known.
 fn boot(command_line: &str, doorbell: Doorbell) -> Option<Run> {
+    boot_with(command_line, doorbell, APERTURE)
+}
+
+/// As [`boot`], with an aperture of that size.
+fn boot_with(command_line: &str, doorbell: Doorbell, aperture: u64) -> Option<Run> {
     if !with_kvm() {
         return None;
     }
-    Some(guest_vm::run(guest(), command_line, driver(), doorbell, |_| ()).unwrap())
+    let device = (doorbell, aperture);
+    Some(guest_vm::run(guest(), command_line, driver(), device, |_| ()).unwrap())
 }
 
 /// Runs a scenario that must end well; `None` as for [`boot`].
 fn run(scenario: &str, doorbell: Doorbell) -> Option<Run> {
-    let run = boot(&format!("scenario={scenario}"), doorbell)?;
+    run_with(scenario, doorbell, APERTURE)
+}
+
+/// As [`run`], with an aperture of that size.
+fn run_with(scenario: &str, doorbell: Doorbell, aperture: u64) -> Option<Run> {
+    let run = boot_with(&format!("scenario={scenario}"), doorbell, aperture)?;
     assert_eq!(
         run.outcome.exit_code,
         0,
@@ -48,11 +59,14 @@ fn the_guest_draws_the_same_picture_as_a_program_beside_the_gpu() {
     let mut file = LoopbackFile::open(driver()).unwrap();
     let native = soft::draw(&mut file, &mut |_, _| {}).unwrap();
     for doorbell in [Doorbell::Inline, Doorbell::Worker] {
-        let Some(run) = run("draw", doorbell) else {
-            return;
-        };
-        let picture = run.picture.expect("a picture");
-        assert!(picture == native, "the pictures differ ({doorbell:?})");
+        for aperture in [APERTURE, 0] {
+            let Some(run) = run_with("draw", doorbell, aperture) else {
+                return;
+            };
+            let picture = run.picture.expect("a picture");
+            let device = (doorbell, aperture);
+            assert!(picture == native, "the pictures differ ({device:?})");
+        }
     }
 }
 
@@ -60,6 +74,7 @@ fn the_guest_draws_the_same_picture_as_a_program_beside_the_gpu() {
 fn a_guest_gets_the_errnos_that_the_specification_names() {
     run("selftest", Doorbell::Inline);
     run("selftest", Doorbell::Worker);
+    run_with("selftest", Doorbell::Worker, 0);
 }
 
 #[test]

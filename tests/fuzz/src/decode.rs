@@ -1,7 +1,7 @@
 //! The bytes of one request, in front of a host driver that judges what comes through.
 //!
-//! Input: a byte that chooses the driver and whether the guest has said hello, two bytes for the room of the response, the
-//! request. The file that a hello opens is object 1 and has handles of both sorts.
+//! Input: a byte that chooses the driver, whether the guest has said hello and whether it has memory to map with, two bytes for
+//! the room of the response, the request. The file that a hello opens is object 1 and has handles of both sorts.
 
 use crate::answering::{Answering, DRIVERS};
 use crate::{hello, ioctl, judge, request};
@@ -11,6 +11,7 @@ use pvgpu_protocol::family::{core, soft, vgem, virtio_gpu};
 use pvgpu_protocol::wire::{IoctlRequest, OpenRequest, Operation, RequestHeader, open};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// Small, so that short inputs reach them.
@@ -37,7 +38,15 @@ pub fn run(bytes: &[u8]) {
     let answers = driver.answers();
     let (report, events) = channel::<Pending>();
     let report = Arc::new(move |event| report.send(event).unwrap_or(()));
-    let session = Session::with_report(Arc::new(driver), None, LIMITS, report);
+    let driver = Arc::new(driver);
+    let session = match choice & 8 {
+        0 => Session::with_report(driver, None, LIMITS, report),
+        _ => {
+            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]);
+            let memory = GuestMemoryAtomic::new(memory.expect("memory"));
+            Session::without_aperture(driver, memory, LIMITS, Some(report)).expect("scratch memory")
+        }
+    };
     if choice & 4 == 0 {
         for request in prelude(name) {
             let answered = session.perform(&request, 4096, || unreachable!("nothing waits"));

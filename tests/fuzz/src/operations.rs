@@ -1,9 +1,8 @@
 //! What programs of two guests do with their device files, in any order, on one embedded GPU: open, draw, share, wait, cancel, end.
 //!
 //! Input: steps. Most are valid: they name what is there. Every request must get exactly one answer, every accepted watch at most
-//! one event;
-//! and when both guests are gone, all GPU memory and all of
-//! both apertures are free again.
+//! one event; and when both guests are gone, all GPU memory and all that they had mapped is free again. The first guest has an
+//! aperture; the second one maps with pages of its own, and no other byte of its memory may change.
 
 use crate::{hello, ioctl, judge, request};
 use arbitrary::{Arbitrary, Result, Unstructured};
@@ -16,19 +15,22 @@ use pvgpu_protocol::family::core::{self, syncobj};
 use pvgpu_protocol::family::soft::{self, param};
 use pvgpu_protocol::layout::align;
 use pvgpu_protocol::wire::{
-    CancelRequest, MapRequest, MapResponse, OpenRequest, Operation, PAGE_SIZE, PollRequest,
-    ReadRequest, UnmapRequest, WatchRequest, open,
+    CancelRequest, MapPagesRequest, MapRequest, MapResponse, OpenRequest, Operation, PAGE_SIZE,
+    PageRange, PollRequest, ReadRequest, UnmapRequest, WatchRequest, open,
 };
 use std::collections::HashSet;
 use std::sync::mpsc::{Receiver, Sender, channel};
 use std::sync::{Arc, LazyLock};
 use std::time::{Duration, Instant};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::{FromBytes, Immutable, IntoBytes};
 
 /// Bytes of GPU memory: few, so that it runs out.
 const MEMORY: u64 = 1 << 20;
-/// Bytes of each guest's aperture.
+/// Bytes of the first guest's aperture, and bytes of the second one's memory that it maps with.
 const APERTURE: u64 = 64 << 10;
+/// Bytes of the second guest's memory that nothing may touch, behind those.
+const UNTOUCHED: usize = 64 << 10;
 /// Bytes that any response fits into.
 const ROOM: usize = 4096;
 /// How long the GPU may take to let go of what a guest had. It takes microseconds.
@@ -58,9 +60,15 @@ static GPU: LazyLock<Arc<SoftDriver>> = LazyLock::new(|| {
     Arc::new(SoftDriver::new(config).expect("threads"))
 });
 
-/// The apertures of the guests.
-static APERTURES: LazyLock<[Arc<Aperture>; 2]> = LazyLock::new(|| {
-    [(); 2].map(|()| Arc::new(Aperture::reserve(APERTURE).expect("address space")))
+/// The aperture of the first guest.
+static FIRST: LazyLock<Arc<Aperture>> =
+    LazyLock::new(|| Arc::new(Aperture::reserve(APERTURE).expect("address space")));
+
+/// The memory of the second guest.
+static MEMORY_OF_SECOND: LazyLock<GuestMemoryAtomic<GuestMemoryMmap>> = LazyLock::new(|| {
+    let range = (GuestAddress(0), APERTURE as usize + UNTOUCHED);
+    let memory = GuestMemoryMmap::from_ranges(&[range]).expect("memory");
+    GuestMemoryAtomic::new(memory)
 });
 
 /// One of what there is: a number that is taken modulo how many there are. High ones name something that is not there.
@@ -275,9 +283,10 @@ fn play(mut input: Unstructured<'_>) -> Result<()> {
             handle: 0,
             pages,
         });
+        let all = (number as u64, APERTURE);
         assert_eq!(
             guest.mappings,
-            [(0, APERTURE)],
+            [all],
             "guest {number}: a mapping was left behind"
         );
         guest.end();
@@ -311,8 +320,12 @@ impl Guest {
     fn new(number: usize) -> Self {
         let (report, events) = channel();
         let report = move |event| report.send(event).unwrap_or(());
-        let aperture = Arc::clone(&APERTURES[number]);
-        let session = Session::with_report(GPU.clone(), Some(aperture), LIMITS, Arc::new(report));
+        let (gpu, report) = (GPU.clone(), Arc::new(report));
+        let session = match number {
+            0 => Session::with_report(gpu, Some(FIRST.clone()), LIMITS, report),
+            _ => Session::without_aperture(gpu, MEMORY_OF_SECOND.clone(), LIMITS, Some(report))
+                .expect("scratch memory"),
+        };
         let mut guest = Self {
             number,
             session,
@@ -373,6 +386,14 @@ impl Guest {
             (usage.objects, usage.mapped, usage.memory, usage.in_flight),
             (0, 0, 0, 0)
         );
+        let mut untouched = vec![1; UNTOUCHED];
+        let memory = MEMORY_OF_SECOND.memory();
+        let read = memory.read_slice(&mut untouched, GuestAddress(APERTURE));
+        read.expect("memory");
+        assert!(
+            untouched.iter().all(|byte| *byte == 0),
+            "memory was touched that was never given"
+        );
     }
 
     fn id(&mut self) -> u64 {
@@ -431,6 +452,9 @@ impl Guest {
     }
 
     fn map(&mut self, object: i32, offset: u64, pages: u8) {
+        if self.number == 1 {
+            return self.map_pages(object, offset, pages);
+        }
         let body = MapRequest {
             offset: offset.into(),
             length: (u64::from(pages) * PAGE_SIZE).into(),
@@ -448,6 +472,30 @@ impl Guest {
                 "mapped over another mapping"
             );
             self.mappings.push((offset, length));
+        }
+    }
+
+    /// Maps with pages of this guest: the last one first, so that none follows the one before, and all of them again and again.
+    fn map_pages(&mut self, object: i32, offset: u64, pages: u8) {
+        let length = u64::from(pages) * PAGE_SIZE;
+        let body = MapPagesRequest {
+            offset: offset.into(),
+            length: length.into(),
+            protection: 3.into(),
+            ranges: u32::from(pages).into(),
+        };
+        let range = |page: u8| PageRange {
+            address: (APERTURE - PAGE_SIZE - u64::from(page) * PAGE_SIZE % APERTURE).into(),
+            length: PAGE_SIZE.into(),
+        };
+        let ranges: Vec<_> = (0..pages).map(range).collect();
+        let id = self.id();
+        let request = request(Operation::MapPages, object, id, &body, ranges.as_bytes());
+        if let Some((0, bytes)) = self.send(&request, id) {
+            let mapped = MapResponse::read_from_bytes(&bytes).expect("16 bytes");
+            let (number, mapped) = (mapped.aperture_offset.get(), mapped.length.get());
+            assert!(mapped == length && !self.mappings.iter().any(|(other, _)| *other == number));
+            self.mappings.push((number, length));
         }
     }
 

@@ -8,13 +8,14 @@ use pvgpu_guest_driver::baremetal::SharedMemory;
 use pvgpu_guest_driver::flat::Flat;
 use pvgpu_guest_driver::session::{Mapping, ObjectId};
 use pvgpu_protocol::Errno;
-use pvgpu_protocol::wire::{open, protection};
+use pvgpu_protocol::wire::{PageRange, open, protection};
 use pvgpu_scenarios::DeviceFile;
 use zerocopy::{FromBytes, IntoBytes};
 
 use crate::clock;
+use crate::dma::Pages;
 use crate::gpu::GuestSession;
-use crate::physical::ApertureRange;
+use crate::physical::SharedRange;
 
 /// The session that the files of this guest share.
 pub type SharedSession = Rc<RefCell<GuestSession>>;
@@ -66,21 +67,37 @@ impl DeviceFile for GuestFile {
     }
 
     fn map(&mut self, offset: u64, length: usize) -> Result<GuestMapping, Errno> {
-        let aperture = self.aperture.ok_or(Errno::ENODEV)?;
         let mut session = self.session.borrow_mut();
-        let mapping = session.map(
-            self.file,
-            offset,
-            length as u64,
-            protection::READ | protection::WRITE,
-        )?;
-        let range = ApertureRange::new(aperture, mapping.aperture_offset, mapping.length)
+        let protection = protection::READ | protection::WRITE;
+        let Some(aperture) = self.aperture else {
+            if !session.host().maps_pages {
+                return Err(Errno::ENODEV);
+            }
+            let pages = Pages::new(length).ok_or(Errno::ENOMEM)?;
+            let range = PageRange {
+                address: pages.address().into(),
+                length: (pages.len() as u64).into(),
+            };
+            // When it fails, the pages may be the host's, if it has not answered.
+            let mapping =
+                session.map_pages(self.file, offset, length as u64, protection, &[range])?;
+            return Ok(GuestMapping {
+                session: Rc::clone(&self.session),
+                mapping,
+                range: SharedRange::of_pages(&pages),
+                pages: Some(pages),
+                length,
+            });
+        };
+        let mapping = session.map(self.file, offset, length as u64, protection)?;
+        let range = SharedRange::new(aperture, mapping.aperture_offset, mapping.length)
             .filter(|range| range.len() >= length);
         match range {
             Some(range) => Ok(GuestMapping {
                 session: Rc::clone(&self.session),
                 mapping,
                 range,
+                pages: None,
                 length,
             }),
             None => {
@@ -99,18 +116,22 @@ impl DeviceFile for GuestFile {
     }
 }
 
-/// A buffer object in the aperture.
+/// A buffer object in the aperture, or in pages of this guest.
 pub struct GuestMapping {
     session: SharedSession,
     mapping: Mapping,
-    range: ApertureRange,
+    range: SharedRange,
+    pages: Option<Pages>,
     length: usize,
 }
 
 impl Drop for GuestMapping {
     fn drop(&mut self) {
-        // As munmap(2) in a destructor: nobody is there to hear of an error.
-        let _ = self.session.borrow_mut().unmap(self.mapping);
+        // As munmap(2) in a destructor: nobody is there to hear of an error. The pages are then the host's for ever.
+        let unmapped = self.session.borrow_mut().unmap(self.mapping);
+        if let (Ok(()), Some(pages)) = (unmapped, self.pages.take()) {
+            pages.free();
+        }
     }
 }
 

@@ -41,6 +41,38 @@ fn layout(pages: usize) -> Option<Layout> {
         .filter(|layout| layout.size() > 0)
 }
 
+/// Whole pages that the host reads and writes.
+#[derive(Debug)]
+pub struct Pages {
+    memory: NonNull<u8>,
+    count: usize,
+}
+
+impl Pages {
+    /// As many as hold `length` bytes; nothing when there is no memory.
+    pub fn new(length: usize) -> Option<Self> {
+        let count = length.div_ceil(PAGE_SIZE);
+        let (address, memory) = Guest::dma_alloc(count, BufferDirection::Both);
+        (address != 0).then_some(Self { memory, count })
+    }
+
+    /// Their guest-physical address.
+    pub fn address(&self) -> u64 {
+        self.memory.as_ptr().expose_provenance() as u64
+    }
+
+    /// Their length in bytes.
+    pub fn len(&self) -> usize {
+        self.count * PAGE_SIZE
+    }
+
+    /// Gives them back, which the host must not use any more. Dropping them does not.
+    pub fn free(self) {
+        // SAFETY: from `dma_alloc` with as many pages, and gone with this.
+        unsafe { Guest::dma_dealloc(self.address(), self.memory, self.count) };
+    }
+}
+
 // SAFETY: memory of the heap is zeroed, aligned as asked, given to one owner, and mapped one to one; sharing it needs nothing.
 unsafe impl Hal for Guest {
     fn dma_alloc(pages: usize, _direction: BufferDirection) -> (PhysAddr, NonNull<u8>) {

@@ -10,6 +10,8 @@ use core::ptr::{self, NonNull};
 use pvgpu_guest_driver::baremetal::mmio;
 use pvgpu_guest_driver::baremetal::{MmioError, MmioTransport, SharedMemory};
 
+use crate::dma::Pages;
+
 /// Where the boot loader's data may lie: above the null page, below the guard page of the stack.
 const BOOT_DATA: core::ops::Range<u64> = 0x1000..0x10_0000;
 /// Where device registers are.
@@ -119,14 +121,15 @@ impl Registers {
     }
 }
 
-/// A range of the aperture: memory that the host's GPU may change at any time, so it is only ever copied.
+/// Memory of a buffer object, a range of the aperture or pages that show it: the host may change it at any time, so it is only
+/// ever copied.
 #[derive(Debug)]
-pub struct ApertureRange {
+pub struct SharedRange {
     start: *mut u8,
     length: usize,
 }
 
-impl ApertureRange {
+impl SharedRange {
     /// `length` bytes at `offset` of the aperture; nothing when that is not inside of it, or of what the guest has mapped.
     pub fn new(aperture: SharedMemory, offset: u64, length: u64) -> Option<Self> {
         let end = offset
@@ -140,6 +143,14 @@ impl ApertureRange {
             start: ptr::with_exposed_provenance_mut(start),
             length: usize::try_from(length).ok()?,
         })
+    }
+
+    /// All of these pages.
+    pub fn of_pages(pages: &Pages) -> Self {
+        Self {
+            start: ptr::with_exposed_provenance_mut(pages.address() as usize),
+            length: pages.len(),
+        }
     }
 
     /// Its length in bytes.
@@ -159,15 +170,15 @@ impl ApertureRange {
         self.start.wrapping_add(offset)
     }
 
-    /// Copies the bytes at `offset` out of the aperture.
+    /// Copies the bytes at `offset` out of it.
     pub fn read(&self, offset: usize, bytes: &mut [u8]) {
         let source = self.at(offset, bytes.len());
-        // SAFETY: checked above: mapped, inside of the aperture, where no Rust object lives; a concurrent change of the GPU's gives
-        // other bytes, as on any machine, and memcpy (`memory_functions.s`) does not mind.
+        // SAFETY: checked above: mapped, inside of the aperture or of such pages, where no Rust object lives; a concurrent change of
+        // the host's gives other bytes, as on any machine, and memcpy (`memory_functions.s`) does not mind.
         unsafe { ptr::copy_nonoverlapping(source, bytes.as_mut_ptr(), bytes.len()) };
     }
 
-    /// Copies bytes into the aperture at `offset`.
+    /// Copies bytes into it at `offset`.
     pub fn write(&mut self, offset: usize, bytes: &[u8]) {
         let target = self.at(offset, bytes.len());
         // SAFETY: as for `read`.

@@ -25,6 +25,7 @@ const MODULES: &[&str] = &[
     "host-proxy/src/device",
     "host-proxy/src/event",
     "host-proxy/src/session",
+    "host-proxy/src/shadow",
     "host-proxy/src/virtqueue",
 ];
 

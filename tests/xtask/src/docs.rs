@@ -3,8 +3,8 @@
 
 use pvgpu_protocol::family::{self, Family, refused::Refused};
 use pvgpu_protocol::schema::{
-    Allocates, Answer, Blocking, Condition, Count, Descriptor, Direction, Element, Ioctl, Kind,
-    Space, Struct, command,
+    Allocates, Answer, Blocking, Coherence, Condition, Count, Descriptor, Direction, Element,
+    Ioctl, Kind, Space, Struct, command,
 };
 use std::fmt::Write;
 use std::path::{Path, PathBuf};
@@ -85,6 +85,9 @@ Of what is forwarded, the proxy checks each field before the host's driver sees 
 - *File descriptors* travel as numbers of the session's objects (`EBADF` when there is none such), *addresses* do not
   travel at all, and *times* travel as time from now.
 - *May wait*: the call runs on a thread of its own and can be cancelled (`EINTR`).
+- *To the host*, *to the guest*: in a guest without an aperture, where memory is mapped with pages of the guest
+  ([map_pages](protocol.md#map_pages-12)), the call takes what the guest has written to the host before it, or what the GPU has
+  written to the guest after it. A driver that has no call of the first sort has no `mmap` there (`ENODEV`).
 - *Allocates*: counts against the guest's memory (`ENOMEM`) until the last handle is closed, in whole pages.
 
 ";
@@ -92,12 +95,17 @@ Of what is forwarded, the proxy checks each field before the host's driver sees 
 /// The whole page.
 fn page() -> String {
     let mut page = String::from(INTRODUCTION);
-    page.push_str("| driver | its ioctls |\n| --- | --- |\n");
+    page.push_str("| driver | its ioctls | `mmap` without an aperture |\n| --- | --- | --- |\n");
     for family in family::ALL {
         let families = family::of_driver(family.name);
         if !families.is_empty() {
             let titles: Vec<_> = families.iter().map(|family| link(family)).collect();
-            let _ = writeln!(page, "| `{}` | {} |", family.name, titles.join(", "));
+            let mmap = match family::maps_pages(families) {
+                true => "with pages of the guest",
+                false => "`ENODEV`",
+            };
+            let titles = titles.join(", ");
+            let _ = writeln!(page, "| `{}` | {titles} | {mmap} |", family.name);
         }
     }
     for family in family::ALL {
@@ -228,6 +236,12 @@ fn write_ioctl(page: &mut String, ioctl: &Ioctl) {
             name(argument, height),
             name(argument, bits_per_pixel)
         ),
+    });
+    page.push_str(match ioctl.coherence {
+        Coherence::None => "",
+        Coherence::Offset(_) => " Tells where to map.",
+        Coherence::ToHost => " To the host.",
+        Coherence::ToGuest => " To the guest.",
     });
     page.push('\n');
     write_struct(page, argument);

@@ -40,6 +40,7 @@ const UNSAFE: &[Tests] = &[
             "clock",
             "drm::",
             "rlimit::",
+            "shadow::",
             "soft::memory",
             "multiply",
         ],

@@ -52,7 +52,7 @@ fn run(guest: &Path, png: &Path) -> Result<(), Box<dyn std::error::Error>> {
         guest,
         "scenario=draw",
         driver,
-        Doorbell::Inline,
+        (Doorbell::Inline, guest_vm::APERTURE),
         |line| match line
             .strip_prefix("step ")
             .and_then(|step| step.rsplit_once(": "))

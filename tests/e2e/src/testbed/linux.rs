@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use super::boot::{EXIT_CODE, PARAMETERS};
 use super::mini_vmm::{Running, start};
-use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, expected};
+use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, expected};
 use super::{Failure, Test};
 use crate::ensure;
 
@@ -25,6 +25,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "a_linux_6_1_guest_draws_on_the_embedded_gpu_what_is_drawn_without_a_vm",
         run: || draws("6.1", &SOFT, "inline"),
+    },
+    Test {
+        name: "a_linux_6_1_guest_without_an_aperture_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draw("6.1", &VIRTIO_GPU, "worker", NO_APERTURE),
     },
     Test {
         name: "a_linux_6_12_guest_draws_on_vgem_what_a_native_program_draws",
@@ -57,6 +61,10 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "a_linux_6_12_guest_on_pci_draws_on_virtio_gpu_with_a_worker_thread",
         run: || draw("6.12", &VIRTIO_GPU, "worker", ON_PCI),
+    },
+    Test {
+        name: "a_linux_6_12_guest_without_an_aperture_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draw("6.12", &VIRTIO_GPU, "worker", NO_APERTURE),
     },
 ];
 

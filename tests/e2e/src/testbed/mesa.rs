@@ -12,7 +12,7 @@ use std::time::{Duration, Instant};
 use super::boot::EXIT_CODE;
 use super::linux::Guest;
 use super::mini_vmm::{Ended, Running};
-use super::pictures::VIRTIO_GPU;
+use super::pictures::{NO_APERTURE, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};
 use crate::ensure;
@@ -36,35 +36,59 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "piglit_passes_in_a_linux_6_1_guest_as_it_does_natively",
-        run: || piglit("6.1"),
+        run: || piglit("6.1", &[]),
+    },
+    Test {
+        name: "piglit_passes_in_a_linux_6_1_guest_without_an_aperture_as_it_does_natively",
+        run: || piglit("6.1", NO_APERTURE),
     },
     Test {
         name: "piglit_passes_in_a_linux_6_12_guest_as_it_does_natively",
-        run: || piglit("6.12"),
+        run: || piglit("6.12", &[]),
+    },
+    Test {
+        name: "piglit_passes_in_a_linux_6_12_guest_without_an_aperture_as_it_does_natively",
+        run: || piglit("6.12", NO_APERTURE),
     },
     Test {
         name: "gles_draws_in_a_linux_6_1_guest_frame_for_frame_what_it_draws_natively",
-        run: || gles("6.1"),
+        run: || gles("6.1", &[]),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_1_guest_without_an_aperture_frame_for_frame_what_it_draws_natively",
+        run: || gles("6.1", NO_APERTURE),
     },
     Test {
         name: "gles_draws_in_a_linux_6_12_guest_frame_for_frame_what_it_draws_natively",
-        run: || gles("6.12"),
+        run: || gles("6.12", &[]),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_12_guest_without_an_aperture_frame_for_frame_what_it_draws_natively",
+        run: || gles("6.12", NO_APERTURE),
     },
     Test {
         name: "four_gles_at_once_in_a_linux_6_1_guest_draw_what_one_draws_natively",
-        run: || four_at_once("6.1"),
+        run: || four_at_once("6.1", &[]),
+    },
+    Test {
+        name: "four_gles_at_once_in_a_linux_6_1_guest_without_an_aperture_draw_what_one_draws_natively",
+        run: || four_at_once("6.1", NO_APERTURE),
     },
     Test {
         name: "four_gles_at_once_in_a_linux_6_12_guest_draw_what_one_draws_natively",
-        run: || four_at_once("6.12"),
+        run: || four_at_once("6.12", &[]),
     },
     Test {
         name: "gles_killed_fifty_times_in_a_linux_6_1_guest_leaves_nothing_behind_in_the_host",
-        run: || killed("6.1"),
+        run: || killed("6.1", &[]),
+    },
+    Test {
+        name: "gles_killed_fifty_times_in_a_linux_6_1_guest_without_an_aperture_leaves_nothing_behind_in_the_host",
+        run: || killed("6.1", NO_APERTURE),
     },
     Test {
         name: "gles_killed_fifty_times_in_a_linux_6_12_guest_leaves_nothing_behind_in_the_host",
-        run: || killed("6.12"),
+        run: || killed("6.12", &[]),
     },
 ];
 
@@ -116,15 +140,16 @@ fn native(command: &str) -> Result<Vec<String>, Failure> {
     Ok(lines(&String::from_utf8_lossy(&output.stdout)))
 }
 
-/// Starts a guest that runs a shell's `command` with the guest driver loaded; it must have no double quotes.
-fn start(kernel: &str, cpus: &str, command: &str) -> Result<Running, Failure> {
+/// Starts a guest that runs a shell's `command` with the guest driver loaded; it must have no double quotes. mini-vmm gets
+/// `options`, too.
+fn start(kernel: &str, cpus: &str, command: &str, options: &[&str]) -> Result<Running, Failure> {
     Guest {
         kernel,
         memory: "1G",
         cpus,
         parameters: &format!("l2.run=\"{command}\""),
         gpu: &(VIRTIO_GPU.argument)()?,
-        options: &["--doorbell", "inline", "--initrd", ARCHIVE],
+        options: &[&["--doorbell", "inline", "--initrd", ARCHIVE], options].concat(),
     }
     .start()
 }
@@ -141,8 +166,8 @@ fn written(ended: &Ended) -> Result<Vec<String>, Failure> {
 }
 
 /// The lines that a shell's `command` writes in a guest.
-fn guest(kernel: &str, command: &str) -> Result<Vec<String>, Failure> {
-    written(&start(kernel, "1", command)?.wait(LIMIT)?)
+fn guest(kernel: &str, command: &str, options: &[&str]) -> Result<Vec<String>, Failure> {
+    written(&start(kernel, "1", command, options)?.wait(LIMIT)?)
 }
 
 fn lines(text: &str) -> Vec<String> {
@@ -168,7 +193,7 @@ fn equal(native: &[String], guest: &[String]) -> Result<(), Failure> {
 fn devices(kernel: &str) -> Result<(), Failure> {
     // First the driver's name, version, date and description, then one block for each device.
     let command = "native --driver virtio_gpu | grep renderD; drmdevice";
-    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    let (native, guest) = (native(command)?, guest(kernel, command, &[])?);
     ensure!(
         native
             .first()
@@ -211,7 +236,7 @@ fn devices(kernel: &str) -> Result<(), Failure> {
 /// Vendor, version, extensions and framebuffer configurations on the GBM platform.
 fn eglinfo(kernel: &str) -> Result<(), Failure> {
     let command = "eglinfo 2>/dev/null | sed -n '/^GBM platform/,/^Wayland platform/p'";
-    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    let (native, guest) = (native(command)?, guest(kernel, command, &[])?);
     for expected in [
         "EGL vendor string: Mesa Project",
         "EGL driver name: virtio_gpu",
@@ -225,12 +250,12 @@ fn eglinfo(kernel: &str) -> Result<(), Failure> {
 }
 
 /// Programs that draw, read back, and decide whether the picture is right.
-fn piglit(kernel: &str) -> Result<(), Failure> {
+fn piglit(kernel: &str, options: &[&str]) -> Result<(), Failure> {
     let command = "cd /piglit; export LD_LIBRARY_PATH=lib PIGLIT_PLATFORM=gbm; \
         for t in bin/[^s]*; do echo $t $($t -auto -fbo 2>&1 | grep PIGLIT:); done; \
         for t in $(find . -name '*.shader_test' | sort); do \
         echo $t $(bin/shader_runner_gles3 $t -auto -fbo 2>&1 | grep PIGLIT:); done";
-    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    let (native, guest) = (native(command)?, guest(kernel, command, options)?);
     ensure!(native.len() > 8, "piglit has run only {native:?}");
     for line in &native {
         ensure!(
@@ -242,9 +267,9 @@ fn piglit(kernel: &str) -> Result<(), Failure> {
 }
 
 /// Renderer, and the fingerprint of each frame of each scene: two of them share a buffer between two processes.
-fn gles(kernel: &str) -> Result<(), Failure> {
+fn gles(kernel: &str, options: &[&str]) -> Result<(), Failure> {
     let command = "gles --scene all --frames 3";
-    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    let (native, guest) = (native(command)?, guest(kernel, command, options)?);
     ensure!(
         native
             .first()
@@ -255,12 +280,12 @@ fn gles(kernel: &str) -> Result<(), Failure> {
     equal(&native, &guest)
 }
 
-fn four_at_once(kernel: &str) -> Result<(), Failure> {
+fn four_at_once(kernel: &str, options: &[&str]) -> Result<(), Failure> {
     let one = "gles --scene all --frames 1";
     let four = format!("for i in 1 2 3 4; do {one} > $i & done; wait; cat 1 2 3 4");
     let native = native(one)?;
     ensure!(native.len() > 10, "natively gles has drawn only {native:?}");
-    let ended = start(kernel, "2", &four)?.wait(LIMIT)?;
+    let ended = start(kernel, "2", &four, options)?.wait(LIMIT)?;
     let guest = written(&ended)?;
     ensure!(
         guest.len() == 4 * native.len(),
@@ -282,7 +307,7 @@ const KILLS_LIMIT: Duration = Duration::from_secs(450);
 
 /// In the guest one program draws to its end, then the guest waits for a line on its console while L1 counts what
 /// mini-vmm holds; then programs are killed after their first frames, in the middle of another one, and L1 counts again.
-fn killed(kernel: &str) -> Result<(), Failure> {
+fn killed(kernel: &str, options: &[&str]) -> Result<(), Failure> {
     unpack()?;
     let command = format!(
         "gles --scene knot --frames 2 >/dev/null; echo counting; read go; \
@@ -292,7 +317,7 @@ fn killed(kernel: &str) -> Result<(), Failure> {
         kills knot & kills sharing & wait; gles --scene knot --frames 2 >/dev/null; echo counting again; read go",
         KILLS / 2
     );
-    let mut guest = start(kernel, "2", &command)?;
+    let mut guest = start(kernel, "2", &command, options)?;
     guest.wait_for("counting", LIMIT)?;
     let before = Held::by(guest.process())?;
     println!("before: {before}");

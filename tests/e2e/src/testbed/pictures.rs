@@ -18,23 +18,31 @@ use crate::{ensure, picture_file};
 pub const TESTS: &[Test] = &[
     Test {
         name: "a_guest_draws_on_vgem_what_a_native_program_draws",
-        run: || draws(&VGEM, "inline"),
+        run: || draws(&VGEM, "inline", &[]),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_what_a_native_program_draws",
-        run: || draws(&VIRTIO_GPU, "inline"),
+        run: || draws(&VIRTIO_GPU, "inline", &[]),
     },
     Test {
         name: "a_guest_draws_on_soft_what_is_drawn_without_a_vm",
-        run: || draws(&SOFT, "inline"),
+        run: || draws(&SOFT, "inline", &[]),
     },
     Test {
         name: "a_guest_draws_on_vgem_with_a_worker_thread",
-        run: || draws(&VGEM, "worker"),
+        run: || draws(&VGEM, "worker", &[]),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_with_a_worker_thread",
-        run: || draws(&VIRTIO_GPU, "worker"),
+        run: || draws(&VIRTIO_GPU, "worker", &[]),
+    },
+    Test {
+        name: "a_guest_without_an_aperture_draws_on_virtio_gpu_what_a_native_program_draws",
+        run: || draws(&VIRTIO_GPU, "inline", NO_APERTURE),
+    },
+    Test {
+        name: "a_guest_without_an_aperture_gets_enodev_from_mmap_on_vgem",
+        run: refused_mmap,
     },
     Test {
         name: "two_guests_draw_on_virtio_gpu_at_the_same_time",
@@ -117,10 +125,13 @@ pub const WATCHDOG: &str = "60";
 /// A picture with fewer colours is taken for blank or for broken.
 const ENOUGH_COLOURS: usize = 16;
 
-fn draws(gpu: &Gpu, doorbell: &str) -> Result<(), Failure> {
+/// What makes mini-vmm's guest map with its own pages.
+pub const NO_APERTURE: &[&str] = &["--no-aperture"];
+
+fn draws(gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
     // The embedded GPU is emulated too: what takes it milliseconds elsewhere takes seconds here.
-    let more = ["--doorbell", doorbell, "--watchdog", WATCHDOG];
-    draws_on(gpu, &(gpu.argument)()?, &more)
+    let always = ["--doorbell", doorbell, "--watchdog", WATCHDOG];
+    draws_on(gpu, &(gpu.argument)()?, &[&always[..], options].concat())
 }
 
 /// Draws on that GPU in a guest for which mini-vmm gets this `--gpu` and `more`, and checks the picture.
@@ -135,6 +146,18 @@ pub fn draws_on(gpu: &Gpu, argument: &str, more: &[&str]) -> Result<(), Failure>
         )?;
     }
     equal(&expected, &found)
+}
+
+/// Of vgem nobody can say when a program has written to a buffer or will read it.
+fn refused_mmap() -> Result<(), Failure> {
+    let ended = start_guest("draw", &(VGEM.argument)()?, NO_APERTURE)?.wait(LIMIT)?;
+    ensure!(
+        ended.code != 0 && ended.output.contains("mmap: ENODEV"),
+        "the guest ended with {}: {}",
+        ended.code,
+        ended.tail()
+    );
+    Ok(())
 }
 
 fn two_guests() -> Result<(), Failure> {

@@ -12,7 +12,7 @@ use zerocopy::FromBytes;
 
 use super::boot::EXIT_CODE;
 use super::linux::{Guest, ON_PCI};
-use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
+use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::ensure;
 
@@ -32,6 +32,14 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "a_linux_6_12_guest_has_the_semantics_of_a_virtio_gpu_node_with_a_worker_thread",
         run: || semantics("6.12", &VIRTIO_GPU, "worker", true, &[]),
+    },
+    Test {
+        name: "a_linux_6_1_guest_without_an_aperture_has_the_semantics_of_a_virtio_gpu_node",
+        run: || semantics("6.1", &VIRTIO_GPU, "worker", true, NO_APERTURE),
+    },
+    Test {
+        name: "a_linux_6_12_guest_without_an_aperture_has_the_semantics_of_a_virtio_gpu_node",
+        run: || semantics("6.12", &VIRTIO_GPU, "inline", true, NO_APERTURE),
     },
     Test {
         name: "a_linux_6_12_guest_has_the_semantics_of_a_node_on_the_embedded_gpu_with_a_worker_thread",
@@ -138,7 +146,7 @@ fn nothing_is_left(mut trace: &[u8]) -> Result<(), Failure> {
                 objects.0 += u32::from(export);
             }
             Some(Operation::Close) => objects.1 += 1,
-            Some(Operation::Map) => mappings.0 += 1,
+            Some(Operation::Map | Operation::MapPages) => mappings.0 += 1,
             Some(Operation::Unmap) => mappings.1 += 1,
             _ => {}
         }

@@ -9,7 +9,7 @@ use alloc::string::String;
 use pvgpu_protocol::wire::open;
 
 use crate::machine::Machine;
-use crate::physical::{ApertureRange, Registers};
+use crate::physical::{Registers, SharedRange};
 use crate::{clock, gpu, println};
 
 pub mod arena;
@@ -46,7 +46,7 @@ pub fn run(machine: &Machine) -> Result<(), String> {
     let arena = Arena::new().ok_or("no memory")?;
     let (session, aperture) = gpu::connect(machine)?;
     drop(session);
-    let mut aperture = aperture.and_then(|aperture| ApertureRange::new(aperture, 0, TOUCHED));
+    let mut aperture = aperture.and_then(|aperture| SharedRange::new(aperture, 0, TOUCHED));
     let at_rest = || {
         registers.write(0x70, 0);
         host.inspect(|host| host.write(AT_REST, 1));

@@ -6,7 +6,7 @@ use virtio_drivers::PAGE_SIZE;
 use super::arena::{AVAILABLE, Arena, PAGE, REQUESTS, RESPONSES, SIZE, TABLES, USED};
 use super::random::Random;
 use super::request;
-use crate::physical::{ApertureRange, Registers};
+use crate::physical::{Registers, SharedRange};
 
 /// Queues of the device: two for requests, one for events.
 const QUEUES: usize = 3;
@@ -43,7 +43,7 @@ mod flag {
 pub struct Program<'a> {
     pub registers: Registers,
     pub arena: &'a Arena,
-    pub aperture: Option<&'a mut ApertureRange>,
+    pub aperture: Option<&'a mut SharedRange>,
     pub random: Random,
     /// Hash of all that was played so far (FNV-1a), over all cases.
     pub fingerprint: &'a mut u64,

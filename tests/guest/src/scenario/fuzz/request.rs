@@ -25,7 +25,7 @@ pub fn generate(random: &mut Random, id: u64) -> Vec<u8> {
         _ => match random.below(16) {
             0..9 => Operation::Ioctl.number(),
             9 => random.word() as u16,
-            _ => random.below(12) as u16,
+            _ => random.below(13) as u16,
         },
     };
     let flags = if random.percent(1) {
@@ -82,6 +82,21 @@ fn body(random: &mut Random, operation: Option<Operation>, id: u64, request: &mu
                 0,
             ];
             put(request, &words);
+        }
+        Some(Operation::MapPages) => {
+            // Addresses at which there is no memory: this guest's own must not be overwritten.
+            const NOWHERE: u32 = 0x7fff;
+            let length = pages(random);
+            let words = [
+                pages(random),
+                0,
+                length,
+                0,
+                3,
+                random.one_of(&[1, 1, 1, 0, 2]),
+            ];
+            put(request, &words);
+            put(request, &[pages(random), NOWHERE, length, 0]);
         }
         Some(Operation::Unmap) => {
             let words = [pages(random), 0, pages(random), 0];
