@@ -292,7 +292,7 @@ pub(crate) fn attach(
             (device, window, doorbells, Off::Device(off), calls)
         }
         Gpu::VhostUser { socket, aperture } => {
-            let (connection, offer) = vhost_user::connect(&socket, aperture)?;
+            let (connection, offer) = vhost_user::connect(&socket, aperture, |_| Ok(()))?;
             let window = window(offer.aperture)?;
             let link = Link::new(socket, connection, offer, window.clone());
             let link = Arc::new(link.map_err(GpuError::Events)?);
