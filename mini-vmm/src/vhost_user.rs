@@ -2,7 +2,7 @@
 //!
 //! `gpu` attaches a [`FrontEnd`] to the transport like a device of this process. Doorbells and interrupts pass between guest and
 //! daemon without this process; what is here sets that up, takes the daemon's buffer objects into the aperture, and notices
-//! when the daemon is gone. A thread of its own, [`Link::run`], does the latter two, so that no vCPU waits for a daemon that is not
+//! when the daemon is gone. A thread of its own (`Link::run`) does the latter two, so that no vCPU waits for a daemon that is not
 //! there. The daemon is not trusted with more than the guest's memory: what it sends is checked, and a wrong message is the same as
 //! its end.
 
