@@ -114,12 +114,17 @@ fn native(command: &str) -> Result<Vec<String>, Failure> {
 
 /// Starts a guest that runs a shell's `command` with the guest driver loaded; it must have no double quotes.
 fn start(kernel: &str, cpus: &str, command: &str) -> Result<Running, Failure> {
+    start_on(&(VIRTIO_GPU.argument)()?, kernel, cpus, command)
+}
+
+/// As [`start`], with that `--gpu`.
+fn start_on(gpu: &str, kernel: &str, cpus: &str, command: &str) -> Result<Running, Failure> {
     Guest {
         kernel,
         memory: "1G",
         cpus,
         parameters: &format!("l2.run=\"{command}\""),
-        gpu: &(VIRTIO_GPU.argument)()?,
+        gpu,
         options: &["--doorbell", "inline", "--initrd", ARCHIVE],
     }
     .start()
@@ -237,10 +242,16 @@ fn piglit(kernel: &str) -> Result<(), Failure> {
     equal(&native, &guest)
 }
 
-/// Renderer, and the fingerprint of each frame of each scene: two of them share a buffer between two processes.
 fn gles(kernel: &str) -> Result<(), Failure> {
+    gles_on(&(VIRTIO_GPU.argument)()?, kernel)
+}
+
+/// Renderer, and the fingerprint of each frame of each scene: two of them share a buffer between two processes. The guest has that
+/// `--gpu`.
+pub fn gles_on(gpu: &str, kernel: &str) -> Result<(), Failure> {
     let command = "gles --scene all --frames 3";
-    let (native, guest) = (native(command)?, guest(kernel, command)?);
+    let native = native(command)?;
+    let guest = written(&start_on(gpu, kernel, "1", command)?.wait(LIMIT)?)?;
     ensure!(
         native
             .first()

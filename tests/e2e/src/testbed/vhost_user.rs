@@ -4,11 +4,11 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
-use super::linux;
 use super::pictures::{
     Drawing, Gpu, LIMIT, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on, equal, expected,
 };
 use super::{Failure, Test};
+use super::{linux, mesa};
 use crate::daemon::Daemon;
 use crate::ensure;
 
@@ -50,6 +50,14 @@ pub const TESTS: &[Test] = &[
         run: || linux("6.12", &SOFT),
     },
     Test {
+        name: "gles_draws_in_a_linux_6_1_guest_over_vhost_user_what_it_draws_natively",
+        run: || gles("6.1"),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_12_guest_over_vhost_user_what_it_draws_natively",
+        run: || gles("6.12"),
+    },
+    Test {
         name: "the_daemon_serves_a_guest_as_a_user_who_may_use_the_node_and_nothing_else",
         run: unprivileged,
     },
@@ -85,6 +93,11 @@ fn bare_metal(gpu: &Gpu) -> Result<(), Failure> {
 fn linux(kernel: &str, gpu: &Gpu) -> Result<(), Failure> {
     let (_daemon, argument) = daemon(gpu, None)?;
     linux::draw_on(kernel, gpu, &argument, &[])
+}
+
+fn gles(kernel: &str) -> Result<(), Failure> {
+    let (_daemon, argument) = daemon(&VIRTIO_GPU, None)?;
+    mesa::gles_on(&argument, kernel)
 }
 
 fn unprivileged() -> Result<(), Failure> {
