@@ -322,7 +322,7 @@ pub(crate) fn attach(
         }
         Gpu::VhostUser { .. } if transport == Transport::Pci => return Err(GpuError::DaemonOnPci),
         Gpu::VhostUser { socket, aperture } => {
-            let (connection, offer) = vhost_user::connect(&socket, aperture)?;
+            let (connection, offer) = vhost_user::connect(&socket, aperture, |_| Ok(()))?;
             let window = window(offer.aperture)?;
             let link = Link::new(socket, connection, offer, window.clone());
             let link = Arc::new(link.map_err(GpuError::Events)?);

@@ -2,15 +2,17 @@
 //!
 //! `gpu` attaches a [`FrontEnd`] to the transport like a device of this process. Doorbells and interrupts pass between guest and
 //! daemon without this process; what is here sets that up, takes the daemon's buffer objects into the aperture, and notices
-//! when the daemon is gone. A thread of its own, [`Link::run`], does the latter two, so that no vCPU waits for a daemon that is not
+//! when the daemon is gone. A thread of its own (`Link::run`) does the latter two, so that no vCPU waits for a daemon that is not
 //! there. The daemon is not trusted with more than the guest's memory: what it sends is checked, and a wrong message is the same as
 //! its end.
 
 use std::fs::File;
 use std::io::{self, Read, Write};
+use std::net::Shutdown;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,8 +20,8 @@ use pvgpu_host_proxy::aperture::{Reservation, Window};
 use pvgpu_host_proxy::device::{DEVICE_ID, Interrupt};
 use pvgpu_host_proxy::sandbox::Allowed;
 use vhost::vhost_user::message::{
-    BackendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMMap, VhostUserMMapFlags,
-    VhostUserMsgValidator, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
+    BackendReq, FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMMap,
+    VhostUserMMapFlags, VhostUserMsgValidator, VhostUserProtocolFeatures, VhostUserVirtioFeatures,
 };
 use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
@@ -96,12 +98,17 @@ pub(crate) struct Connection {
     channel: Option<UnixStream>,
 }
 
-/// Connects to the daemon at `socket`.
+/// Connects to the daemon at `socket`; `begun` sees the connection before anybody waits for answers on it.
 pub(crate) fn connect(
     socket: &PathBuf,
     with_aperture: bool,
+    begun: impl FnOnce(&UnixStream) -> io::Result<()>,
 ) -> Result<(Connection, Offer), LinkError> {
-    let stream = UnixStream::connect(socket).map_err(|error| LinkError::Connect {
+    let connected = UnixStream::connect(socket).and_then(|stream| {
+        begun(&stream)?;
+        Ok(stream)
+    });
+    let stream = connected.map_err(|error| LinkError::Connect {
         socket: socket.clone(),
         error,
     })?;
@@ -111,9 +118,20 @@ pub(crate) fn connect(
     })
 }
 
+/// Whether somebody answers: one who serves another front end accepts the connection, and no more.
+fn probe(mut stream: &UnixStream) -> io::Result<()> {
+    stream.set_read_timeout(Some(PATIENCE))?;
+    let request = [FrontendReq::GET_FEATURES as u32, VERSION, 0];
+    stream.write_all(&request.map(u32::to_ne_bytes).concat())?;
+    stream.read_exact(&mut [0; HEADER + 8])?;
+    stream.set_read_timeout(None)
+}
+
 fn negotiate(stream: UnixStream, with_aperture: bool) -> Result<(Connection, Offer), String> {
     let said = |error: vhost::Error| error.to_string();
     let failed = |error: io::Error| error.to_string();
+    probe(&stream)
+        .map_err(|error| format!("it does not answer ({error}), or serves another VMM"))?;
     let mut messages = Frontend::from_stream(stream.try_clone().map_err(failed)?, QUEUES_MAX);
     messages.set_owner().map_err(said)?;
     let features = messages.get_features().map_err(said)?;
@@ -176,6 +194,10 @@ pub(crate) struct Link {
     connection: Mutex<Option<Arc<Connection>>>,
     /// Ends the thread.
     end: EventFd,
+    /// It has been told to end.
+    ended: AtomicBool,
+    /// A connection that is not one yet.
+    begun: Mutex<Option<UnixStream>>,
 }
 
 /// Whom the thread tells what has become of the daemon.
@@ -199,6 +221,8 @@ impl Link {
             window,
             connection: Mutex::new(Some(Arc::new(connection))),
             end: EventFd::new(0)?,
+            ended: AtomicBool::new(false),
+            begun: Mutex::default(),
         })
     }
 
@@ -208,9 +232,17 @@ impl Link {
             .unwrap_or_else(PoisonError::into_inner)
     }
 
+    fn begun(&self) -> MutexGuard<'_, Option<UnixStream>> {
+        self.begun.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
     /// Ends [`Link::run`], and whoever waits for the daemon.
     pub(crate) fn end(&self) {
+        self.ended.store(true, Ordering::SeqCst);
         let _ = self.end.write(1);
+        if let Some(begun) = &*self.begun() {
+            let _ = begun.shutdown(Shutdown::Both);
+        }
         if let Some(connection) = &*self.connection() {
             connection.close();
         }
@@ -258,7 +290,14 @@ impl Link {
         watch(&epoll, &self.end, EventSet::IN, END)?;
         let mut told = false;
         while wait(&epoll, RETRY_MS)? != Some(END) {
-            let connected = connect(&self.socket, self.window.is_some());
+            let connected = connect(&self.socket, self.window.is_some(), |stream| {
+                *self.begun() = Some(stream.try_clone()?);
+                match self.ended.load(Ordering::SeqCst) {
+                    true => stream.shutdown(Shutdown::Both),
+                    false => Ok(()),
+                }
+            });
+            *self.begun() = None;
             let connected = connected.and_then(|(connection, offer)| match offer == self.offer {
                 true => Ok(connection),
                 false => Err(LinkError::Changed(self.socket.clone())),
@@ -324,7 +363,7 @@ fn wait(epoll: &Epoll, timeout: i32) -> io::Result<Option<u64>> {
 impl Connection {
     /// Whoever waits for the daemon waits no longer.
     fn close(&self) {
-        let _ = self.stream.shutdown(std::net::Shutdown::Both);
+        let _ = self.stream.shutdown(Shutdown::Both);
     }
 }
 
@@ -655,8 +694,17 @@ mod tests {
     }
 
     #[test]
+    fn a_daemon_that_serves_another_vmm_is_not_waited_for() {
+        let folder = tempfile::tempdir().unwrap();
+        let socket = folder.path().join("socket");
+        let _busy = std::os::unix::net::UnixListener::bind(&socket).unwrap();
+        let error = connect(&socket, true, |_| Ok(())).map(drop).unwrap_err();
+        assert!(error.to_string().contains("serves another VMM"), "{error}");
+    }
+
+    #[test]
     fn a_daemon_that_is_not_there_is_named_with_the_remedy() {
-        let error = connect(&"/nowhere/socket".into(), true)
+        let error = connect(&"/nowhere/socket".into(), true, |_| Ok(()))
             .map(drop)
             .unwrap_err();
         let error = error.to_string();

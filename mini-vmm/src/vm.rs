@@ -61,7 +61,7 @@ pub struct VmConfig {
     /// configuration says.
     pub sandbox: Sandbox,
     /// If there is a list, then from when the kernel is loaded the calling thread, and all that it starts, can open nothing but
-    /// KVM and these devices ([`crate::files`]): for a program that makes no second machine.
+    /// KVM and these devices ([`pvgpu_host_proxy::files`]): for a program that makes no second machine.
     pub only_devices: Option<Vec<PathBuf>>,
     /// Devices besides the machine's own, between [`layout::EXTRA_MMIO`] and [`layout::EXTRA_MMIO_END`].
     pub devices: Vec<Attachment>,

@@ -143,12 +143,23 @@ fn native(command: &str) -> Result<Vec<String>, Failure> {
 /// Starts a guest that runs a shell's `command` with the guest driver loaded; it must have no double quotes. mini-vmm gets
 /// `options`, too.
 fn start(kernel: &str, cpus: &str, command: &str, options: &[&str]) -> Result<Running, Failure> {
+    start_on(&(VIRTIO_GPU.argument)()?, kernel, cpus, command, options)
+}
+
+/// As [`start`], with that `--gpu`.
+fn start_on(
+    gpu: &str,
+    kernel: &str,
+    cpus: &str,
+    command: &str,
+    options: &[&str],
+) -> Result<Running, Failure> {
     Guest {
         kernel,
         memory: "1G",
         cpus,
         parameters: &format!("l2.run=\"{command}\""),
-        gpu: &(VIRTIO_GPU.argument)()?,
+        gpu,
         options: &[&["--doorbell", "inline", "--initrd", ARCHIVE], options].concat(),
     }
     .start()
@@ -266,10 +277,16 @@ fn piglit(kernel: &str, options: &[&str]) -> Result<(), Failure> {
     equal(&native, &guest)
 }
 
-/// Renderer, and the fingerprint of each frame of each scene: two of them share a buffer between two processes.
 fn gles(kernel: &str, options: &[&str]) -> Result<(), Failure> {
+    gles_on(&(VIRTIO_GPU.argument)()?, kernel, options)
+}
+
+/// Renderer, and the fingerprint of each frame of each scene: two of them share a buffer between two processes. The guest has that
+/// `--gpu`, and mini-vmm gets `options`, too.
+pub fn gles_on(gpu: &str, kernel: &str, options: &[&str]) -> Result<(), Failure> {
     let command = "gles --scene all --frames 3";
-    let (native, guest) = (native(command)?, guest(kernel, command, options)?);
+    let native = native(command)?;
+    let guest = written(&start_on(gpu, kernel, "1", command, options)?.wait(LIMIT)?)?;
     ensure!(
         native
             .first()

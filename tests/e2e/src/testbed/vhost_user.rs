@@ -4,26 +4,30 @@ use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 use std::time::Duration;
 
-use super::linux;
 use super::pictures::{
-    Drawing, Gpu, LIMIT, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on, equal, expected,
+    Drawing, Gpu, LIMIT, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on, equal, expected,
 };
 use super::{Failure, Test};
+use super::{linux, mesa};
 use crate::daemon::Daemon;
 use crate::ensure;
 
 pub const TESTS: &[Test] = &[
     Test {
         name: "a_guest_draws_on_vgem_over_vhost_user",
-        run: || bare_metal(&VGEM),
+        run: || bare_metal(&VGEM, &[]),
     },
     Test {
         name: "a_guest_draws_on_virtio_gpu_over_vhost_user",
-        run: || bare_metal(&VIRTIO_GPU),
+        run: || bare_metal(&VIRTIO_GPU, &[]),
+    },
+    Test {
+        name: "a_guest_without_an_aperture_draws_on_virtio_gpu_over_vhost_user",
+        run: || bare_metal(&VIRTIO_GPU, NO_APERTURE),
     },
     Test {
         name: "a_guest_draws_on_soft_over_vhost_user",
-        run: || bare_metal(&SOFT),
+        run: || bare_metal(&SOFT, &[]),
     },
     Test {
         name: "a_linux_6_1_guest_draws_on_vgem_over_vhost_user",
@@ -48,6 +52,18 @@ pub const TESTS: &[Test] = &[
     Test {
         name: "a_linux_6_12_guest_draws_on_soft_over_vhost_user",
         run: || linux("6.12", &SOFT),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_1_guest_over_vhost_user_what_it_draws_natively",
+        run: || gles("6.1", &[]),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_12_guest_over_vhost_user_what_it_draws_natively",
+        run: || gles("6.12", &[]),
+    },
+    Test {
+        name: "gles_draws_in_a_linux_6_1_guest_without_an_aperture_over_vhost_user_what_it_draws_natively",
+        run: || gles("6.1", NO_APERTURE),
     },
     Test {
         name: "the_daemon_serves_a_guest_as_a_user_who_may_use_the_node_and_nothing_else",
@@ -77,14 +93,19 @@ fn daemon(gpu: &Gpu, user: Option<u32>) -> Result<(Daemon, String), Failure> {
     Ok((daemon, argument))
 }
 
-fn bare_metal(gpu: &Gpu) -> Result<(), Failure> {
+fn bare_metal(gpu: &Gpu, options: &[&str]) -> Result<(), Failure> {
     let (_daemon, argument) = daemon(gpu, None)?;
-    draws_on(gpu, &argument, &[])
+    draws_on(gpu, &argument, options)
 }
 
 fn linux(kernel: &str, gpu: &Gpu) -> Result<(), Failure> {
     let (_daemon, argument) = daemon(gpu, None)?;
     linux::draw_on(kernel, gpu, &argument, &[])
+}
+
+fn gles(kernel: &str, options: &[&str]) -> Result<(), Failure> {
+    let (_daemon, argument) = daemon(&VIRTIO_GPU, None)?;
+    mesa::gles_on(&argument, kernel, options)
 }
 
 fn unprivileged() -> Result<(), Failure> {
