@@ -829,7 +829,7 @@ mod tests {
         let ram = crate::memory::Ram::shareable(4 << 20).unwrap();
         let shared = ram.shared();
         let shared = shared.map(|(range, file)| (range, file.try_clone().unwrap()));
-        let (connection, offer) = connect(&socket, true).unwrap();
+        let (connection, offer) = connect(&socket, true, |_| Ok(())).unwrap();
         let window = Arc::new(Reservation::new(offer.aperture).unwrap());
         let link = Link::new(socket.clone(), connection, offer, Some(window));
         let link = Arc::new(link.unwrap());
