@@ -164,6 +164,10 @@ impl Backend for GpuDevice {
         self.backend().notify(queue);
     }
 
+    fn needs_reset(&self) -> bool {
+        self.backend().needs_reset()
+    }
+
     fn reset(&mut self) {
         self.backend_mut().reset();
     }
@@ -209,6 +213,10 @@ impl Backend for Device {
 
     fn notify(&self, queue: u16) {
         self.notify(queue);
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.needs_reset()
     }
 
     fn reset(&mut self) {

@@ -99,6 +99,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<(), String>;
     /// Queue `queue` of an active device was notified. Called from several threads at once.
     fn notify(&self, queue: u16);
+    /// Whether an active device has given up until the driver resets it. The device interrupts when it does.
+    fn needs_reset(&self) -> bool;
     /// Ends everything that `activate` and the driver started.
     fn reset(&mut self);
 }
@@ -295,6 +297,7 @@ impl<D: Backend> VirtioMmio<D> {
                     .map_or(0, u32::from)
             }
             register::QUEUE_READY => registers.selected().is_some_and(|queue| queue.ready).into(),
+            register::STATUS if self.device().needs_reset() => registers.status | NEEDS_RESET,
             register::STATUS => registers.status,
             // A region that does not exist has length and base of all ones (section 4.2.2.1).
             register::SHM_LEN_LOW => region.map_or(u32::MAX, |region| low(region.size)),
@@ -508,6 +511,7 @@ mod tests {
         resets: u32,
         activations: Vec<(u64, Vec<Ring>)>,
         notified: Mutex<Vec<u16>>,
+        broken: AtomicBool,
     }
 
     impl Backend for Recorder {
@@ -553,8 +557,12 @@ mod tests {
         fn notify(&self, queue: u16) {
             self.notified.lock().unwrap().push(queue);
         }
+        fn needs_reset(&self) -> bool {
+            self.broken.load(Ordering::SeqCst)
+        }
         fn reset(&mut self) {
             self.resets += 1;
+            self.broken.store(false, Ordering::SeqCst);
         }
     }
 
@@ -763,6 +771,24 @@ mod tests {
         assert_eq!(guest.event.read().unwrap(), 1);
         guest.write(QUEUE_NOTIFY, 0);
         assert!(guest.transport.device().notified.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_device_that_gives_up_needs_a_reset_until_it_is_reset() {
+        let guest = Guest::new();
+        guest.start();
+        guest
+            .transport
+            .device()
+            .broken
+            .store(true, Ordering::SeqCst);
+        guest.transport.line.signal_config();
+        assert_eq!(guest.read(STATUS), READY_TO_GO | NEEDS_RESET);
+        assert_eq!(guest.read(INTERRUPT_STATUS), INTERRUPT_CONFIG);
+        guest.write(STATUS, 0);
+        assert_eq!(guest.read(STATUS), 0);
+        guest.start();
+        assert_eq!(guest.read(STATUS), READY_TO_GO);
     }
 
     #[test]
