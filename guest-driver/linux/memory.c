@@ -9,6 +9,7 @@
 #include <linux/io.h>
 #include <linux/mm.h>
 #include <linux/slab.h>
+#include <linux/srcu.h>
 #include <linux/version.h>
 #include <drm/drm_device.h>
 
@@ -23,10 +24,13 @@
 /* How many pages a fault maps at once, at most: a page table. */
 #define PVGPU_FAULT_PAGES PTRS_PER_PTE
 
+/* Faults that may be about to map something. */
+DEFINE_STATIC_SRCU(pvgpu_faults);
+
 /* A range of an object in the aperture, as long as there is a VMA of it. */
 struct pvgpu_mapping {
 	struct kref references;
-	struct pvgpu *device;
+	struct pvgpu_session *session;
 	u64 aperture_offset, length;
 	pgoff_t start;	/* what vm_pgoff of the first VMA was: where in the object the range starts */
 };
@@ -49,10 +53,12 @@ void pvgpu_memory_find(struct pvgpu *device)
 static void pvgpu_mapping_release(struct kref *references)
 {
 	struct pvgpu_mapping *mapping = container_of(references, struct pvgpu_mapping, references);
-	struct pvgpu *device = mapping->device;
+	struct pvgpu_session *session = mapping->session;
+	struct drm_device *node = session->device->node;
 
-	pvgpu_rust_unmap(device, device->host, mapping->aperture_offset, mapping->length);
-	drm_dev_put(device->node);
+	pvgpu_rust_unmap(session, session->host, mapping->aperture_offset, mapping->length);
+	pvgpu_session_put(session);
+	drm_dev_put(node);
 	kfree(mapping);
 }
 
@@ -75,15 +81,15 @@ static vm_fault_t pvgpu_vma_fault(struct vm_fault *fault)
 {
 	struct vm_area_struct *vma = fault->vma;
 	struct pvgpu_mapping *mapping = vma->vm_private_data;
-	struct pvgpu *device = mapping->device;
+	struct pvgpu *device = mapping->session->device;
 	unsigned long page = PHYS_PFN(device->aperture.addr + mapping->aperture_offset);
 	unsigned long address, end;
-	vm_fault_t result;
-	int unplugged;
+	vm_fault_t result = VM_FAULT_SIGBUS;
+	int faults = srcu_read_lock(&pvgpu_faults);
 
-	/* Not after the device's mappings were taken from all processes: drm_dev_unplug() waits for this. */
-	if (!drm_dev_enter(device->node, &unplugged))
-		return VM_FAULT_SIGBUS;
+	/* Not after the session's mappings were taken from all processes: pvgpu_memory_forget() waits for this. */
+	if (pvgpu_session_over(mapping->session))
+		goto unlock;
 	/* The page that was touched, then its neighbours as far as they share its page table; these may fail. */
 	result = vmf_insert_pfn(vma, fault->address & PAGE_MASK, page + fault->pgoff - mapping->start);
 	address = max(vma->vm_start, fault->address & PMD_MASK);
@@ -94,7 +100,8 @@ static vm_fault_t pvgpu_vma_fault(struct vm_fault *fault)
 		if (vmf_insert_pfn(vma, address, page + offset - mapping->start) != VM_FAULT_NOPAGE)
 			break;
 	}
-	drm_dev_exit(unplugged);
+unlock:
+	srcu_read_unlock(&pvgpu_faults, faults);
 	return result;
 }
 
@@ -104,18 +111,24 @@ static const struct vm_operations_struct pvgpu_vma_operations = {
 	.fault = pvgpu_vma_fault,
 };
 
+void pvgpu_memory_forget(struct pvgpu *device)
+{
+	synchronize_srcu(&pvgpu_faults);
+	unmap_mapping_range(device->node->anon_inode->i_mapping, 0, 0, 1);
+}
+
 /*
  * Maps on the host what the VMA is to show. A program may make a mapping that it only reads writable later, if its file allows
  * that; then the host is asked for both at once, and if it has only the one to give, so does this node.
  */
 static int pvgpu_map_on_host(struct pvgpu_file *file, struct vm_area_struct *vma, u64 length, u64 *aperture_offset)
 {
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
 	u64 offset = (u64)vma->vm_pgoff << PAGE_SHIFT;
 	int error;
 
 	if (vma->vm_flags & VM_MAYWRITE) {
-		error = pvgpu_rust_map(device, device->host, file->object, offset, length,
+		error = pvgpu_rust_map(session, session->host, file->object, offset, length,
 				       PVGPU_PROTECTION_READ | PVGPU_PROTECTION_WRITE, aperture_offset);
 		if ((error != -EACCES && error != -EPERM) || (vma->vm_flags & VM_WRITE))
 			return error;
@@ -125,17 +138,18 @@ static int pvgpu_map_on_host(struct pvgpu_file *file, struct vm_area_struct *vma
 		vma->vm_flags &= ~VM_MAYWRITE;
 #endif
 	}
-	return pvgpu_rust_map(device, device->host, file->object, offset, length, PVGPU_PROTECTION_READ, aperture_offset);
+	return pvgpu_rust_map(session, session->host, file->object, offset, length, PVGPU_PROTECTION_READ, aperture_offset);
 }
 
 int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma)
 {
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
+	struct pvgpu *device = session->device;
 	u64 length = vma->vm_end - vma->vm_start;
 	struct pvgpu_mapping *mapping;
 	int error;
 
-	if (pvgpu_gone(device))
+	if (pvgpu_session_over(session))
 		return -ENODEV;
 	/* As the kernel's own drivers: memory of a GPU has no private copies. */
 	if ((vma->vm_flags & (VM_SHARED | VM_MAYWRITE)) == VM_MAYWRITE)
@@ -157,7 +171,7 @@ int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma)
 	vma->vm_flags |= VM_PFNMAP | VM_DONTEXPAND | VM_DONTDUMP;
 #endif
 	kref_init(&mapping->references);
-	mapping->device = device;
+	mapping->session = pvgpu_session_get(session);
 	mapping->length = length;
 	mapping->start = vma->vm_pgoff;
 	drm_dev_get(device->node);
@@ -165,7 +179,7 @@ int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma)
 	vma->vm_ops = &pvgpu_vma_operations;
 	return 0;
 unmap:
-	pvgpu_rust_unmap(device, device->host, mapping->aperture_offset, length);
+	pvgpu_rust_unmap(session, session->host, mapping->aperture_offset, length);
 free:
 	kfree(mapping);
 	return error;
