@@ -33,9 +33,9 @@ static void pvgpu_buffer_unmap(struct dma_buf_attachment *attachment, struct sg_
 static int pvgpu_buffer_begin_cpu_access(struct dma_buf *buffer, enum dma_data_direction direction)
 {
 	struct pvgpu_object *object = buffer->priv;
-	struct pvgpu *device = object->file.device;
+	struct pvgpu_session *session = object->file.session;
 	bool write = direction == DMA_BIDIRECTIONAL || direction == DMA_TO_DEVICE;
-	int result = pvgpu_rust_wait(device, device->host, object->file.object, write ? POLLOUT : POLLIN);
+	int result = pvgpu_rust_wait(session, session->host, object->file.object, write ? POLLOUT : POLLIN);
 
 	if (result == -EINTR && signal_pending(current))
 		return -ERESTARTSYS;
@@ -65,9 +65,9 @@ static const struct dma_buf_ops pvgpu_buffer_operations = {
 
 struct file *pvgpu_buffer_file(struct pvgpu_object *object, int access)
 {
-	struct pvgpu *device = object->file.device;
+	struct pvgpu_session *session = object->file.session;
 	struct dma_buf_export_info info = {
-		.exp_name = device->identity.name,
+		.exp_name = session->device->identity.name,
 		.owner = THIS_MODULE,
 		.ops = &pvgpu_buffer_operations,
 		.flags = access,
@@ -77,7 +77,7 @@ struct file *pvgpu_buffer_file(struct pvgpu_object *object, int access)
 	u64 size;
 	int error;
 
-	error = pvgpu_rust_size(device, device->host, object->file.object, &size);
+	error = pvgpu_rust_size(session, session->host, object->file.object, &size);
 	if (error)
 		return ERR_PTR(error);
 	info.size = size;
@@ -85,12 +85,12 @@ struct file *pvgpu_buffer_file(struct pvgpu_object *object, int access)
 	if (IS_ERR(buffer))
 		return ERR_CAST(buffer);
 	/* As DRM's own dma-bufs: mappings are among those that the device takes from all processes when it goes away. */
-	buffer->file->f_mapping = device->node->anon_inode->i_mapping;
+	buffer->file->f_mapping = session->device->node->anon_inode->i_mapping;
 	pvgpu_object_get(object);
 	return buffer->file;
 }
 
-struct pvgpu_object *pvgpu_buffer_object(struct pvgpu *device, int fd)
+struct pvgpu_object *pvgpu_buffer_object(struct pvgpu_session *session, int fd)
 {
 	struct dma_buf *buffer = dma_buf_get(fd);
 	struct pvgpu_object *object = ERR_PTR(-EINVAL), *found;
@@ -99,7 +99,7 @@ struct pvgpu_object *pvgpu_buffer_object(struct pvgpu *device, int fd)
 		return ERR_CAST(buffer);
 	if (buffer->ops == &pvgpu_buffer_operations) {
 		found = buffer->priv;
-		if (found->file.device == device)
+		if (found->file.session == session)
 			object = pvgpu_object_get(found);
 	}
 	dma_buf_put(buffer);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: GPL-2.0 OR BSD-3-Clause
 /*
- * The virtio device (MMIO or PCI): its queues, the messages in them, and the kernel's services for the Rust half. Knows neither
- * the protocol nor any ioctl.
+ * The virtio device (MMIO or PCI): its sessions, its queues, the messages in them, and the kernel's services for the Rust half.
+ * Knows no ioctl, and of the protocol only how the host says that it does not know the session.
  */
 #include <linux/mm.h>
 #include <linux/module.h>
@@ -26,12 +26,28 @@ struct pvgpu_config {
 	__le16 request_queues;
 };
 
+/* The header of a response (protocol/src/wire.rs). */
+struct pvgpu_response {
+	__le64 id;
+	__le32 result;
+	__le32 length;
+};
+
+struct workqueue_struct *pvgpu_workqueue;
+
 /* --- messages --- */
 
 /* How long a wait that no signal ends may last: far longer than a host takes to end a request that was cancelled. */
 #define PVGPU_SOON (10 * HZ)
 /* Bytes of a short message: among these are all that let something on the host go. */
 #define PVGPU_SHORT 256
+/* How often the host is asked whether it still knows a session in which something waits; less often while it does not answer. */
+#define PVGPU_PATIENCE HZ
+#define PVGPU_PATIENCE_MAX (64 * HZ)
+/* One of so many descriptors of a ring is left for that question. */
+#define PVGPU_SPARE 16
+/* How often a hello that waits looks at the device's status. */
+#define PVGPU_HELLO_LOOK (HZ / 4)
 
 struct pvgpu_message *pvgpu_message_new(size_t request, size_t response)
 {
@@ -125,15 +141,18 @@ static void pvgpu_pieces_free(struct pvgpu_pieces *pieces)
 }
 
 /* Queues a message; -ENOSPC when there is no room for it now. */
-static int pvgpu_message_queue(struct pvgpu_message *message, struct scatterlist *lists[2])
+static int pvgpu_message_queue(struct pvgpu_message *message, struct scatterlist *lists[2], enum pvgpu_patience patience)
 {
 	struct pvgpu_queue *queue = message->queue;
 	unsigned long flags;
 	int error;
 
 	spin_lock_irqsave(&queue->lock, flags);
-	if (queue->gone) {
+	if (queue->session != message->session) {
 		error = -ENODEV;
+	} else if (patience != PVGPU_AT_ONCE && queue->in_flight &&
+		   queue->ring->num_free <= virtqueue_get_vring_size(queue->ring) / PVGPU_SPARE) {
+		error = -ENOSPC;
 	} else {
 		error = virtqueue_add_sgs(queue->ring, lists, 1, 1, message, GFP_ATOMIC);
 		if (!error) {
@@ -149,12 +168,12 @@ static int pvgpu_message_queue(struct pvgpu_message *message, struct scatterlist
 	return error;
 }
 
-int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_queue *queue, size_t length,
-			 enum pvgpu_patience patience)
+int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_session *session, struct pvgpu_queue *queue,
+			 size_t length, enum pvgpu_patience patience)
 {
 	struct pvgpu_pieces out, in;
 	struct scatterlist *lists[2];
-	int error = -ENOMEM, waited;
+	int error = -ENOMEM, waited = 0;
 
 	if (message->state != PVGPU_FILLING || !length || length > message->request)
 		return -EINVAL;
@@ -164,21 +183,49 @@ int pvgpu_message_submit(struct pvgpu_message *message, struct pvgpu_queue *queu
 	lists[1] = pvgpu_pieces_list(&in, message->bytes + message->response_offset, message->response);
 	if (!lists[1])
 		goto free;
+	message->session = session;
 	message->queue = queue;
-	if (patience == PVGPU_SOON_ONLY)
-		waited = wait_event_timeout(queue->room, (error = pvgpu_message_queue(message, lists)) != -ENOSPC,
-					    PVGPU_SOON) ? 0 : -EIO;
-	else if (patience == PVGPU_KILLABLE)
-		waited = wait_event_killable(queue->room, (error = pvgpu_message_queue(message, lists)) != -ENOSPC);
-	else
-		waited = wait_event_interruptible(queue->room,
-						  (error = pvgpu_message_queue(message, lists)) != -ENOSPC);
+#define QUEUED ((error = pvgpu_message_queue(message, lists, patience)) != -ENOSPC)
+	switch (patience) {
+	case PVGPU_AT_ONCE:
+		(void)QUEUED;
+		break;
+	case PVGPU_SOON_ONLY:
+		waited = wait_event_timeout(queue->room, QUEUED, PVGPU_SOON) ? 0 : -EIO;
+		break;
+	case PVGPU_KILLABLE:
+	case PVGPU_HELLO:
+		waited = wait_event_killable(queue->room, QUEUED);
+		break;
+	case PVGPU_INTERRUPTIBLE:
+		waited = wait_event_interruptible(queue->room, QUEUED);
+	}
+#undef QUEUED
 	if (waited)
 		error = waited == -ERESTARTSYS ? -EINTR : waited;
 	pvgpu_pieces_free(&in);
 free:
 	pvgpu_pieces_free(&out);
 	return error;
+}
+
+/* Whether a response says that the host knows no session. */
+static bool pvgpu_message_says_lost(const struct pvgpu_message *message)
+{
+	const struct pvgpu_response *response = pvgpu_message_response(message);
+
+	return message->written >= sizeof(*response) && response->result == cpu_to_le32(-ENOTCONN);
+}
+
+/* Has the session attended to, unless it has ended; with the queue's lock. */
+static void pvgpu_queue_attend(struct pvgpu_queue *queue, unsigned long delay)
+{
+	if (!queue->session)
+		return;
+	if (delay)
+		queue_delayed_work(pvgpu_workqueue, &queue->session->device->attend, delay);
+	else
+		mod_delayed_work(pvgpu_workqueue, &queue->session->device->attend, 0);
 }
 
 /* Takes what the device has returned; with the queue's lock. */
@@ -189,14 +236,22 @@ static void pvgpu_queue_take(struct pvgpu_queue *queue)
 	bool room = false;
 
 	while ((message = virtqueue_get_buf(queue->ring, &written))) {
+		bool lost;
+
 		queue->in_flight--;
+		queue->returned++;
 		room = true;
+		message->written = min_t(size_t, written, message->response);
+		lost = pvgpu_message_says_lost(message);
+		if (lost) {
+			WRITE_ONCE(message->session->lost, true);
+			pvgpu_queue_attend(queue, 0);
+		}
 		if (message->state == PVGPU_ABANDONED) {
 			llist_add(&message->abandoned, &queue->abandoned);
 			continue;
 		}
-		message->written = min_t(size_t, written, message->response);
-		message->state = PVGPU_COMPLETE;
+		message->state = lost ? PVGPU_LOST : PVGPU_COMPLETE;
 		complete_all(&message->done);
 	}
 	if (room)
@@ -232,6 +287,26 @@ bool pvgpu_message_complete(struct pvgpu_message *message)
 	return completion_done(&message->done);
 }
 
+static bool pvgpu_needs_reset(const struct pvgpu *device)
+{
+	return device->virtio->config->get_status(device->virtio) & VIRTIO_CONFIG_S_NEEDS_RESET;
+}
+
+static int pvgpu_hello_wait(struct pvgpu_message *message)
+{
+	unsigned long end = jiffies + PVGPU_SOON;
+	long waited;
+
+	do {
+		if (pvgpu_needs_reset(message->session->device))
+			return -ENODEV;
+		waited = wait_for_completion_killable_timeout(&message->done, PVGPU_HELLO_LOOK);
+		if (waited)
+			return waited < 0 ? -EINTR : 0;
+	} while (time_before(jiffies, end));
+	return -EIO;
+}
+
 int pvgpu_message_wait(struct pvgpu_message *message, enum pvgpu_patience patience)
 {
 	struct pvgpu_queue *queue = message->queue;
@@ -240,11 +315,17 @@ int pvgpu_message_wait(struct pvgpu_message *message, enum pvgpu_patience patien
 
 	/* A device that answers while the doorbell rings has done so by now: no interrupt is needed then. */
 	spin_lock_irqsave(&queue->lock, flags);
-	if (!queue->gone)
+	if (queue->session)
 		pvgpu_queue_take(queue);
 	spin_unlock_irqrestore(&queue->lock, flags);
 	pvgpu_queue_free_abandoned(queue);
-	if (patience == PVGPU_SOON_ONLY) {
+	if (!completion_done(&message->done))
+		pvgpu_session_waits(message->session);
+	if (patience == PVGPU_HELLO) {
+		error = pvgpu_hello_wait(message);
+		if (error)
+			return error;
+	} else if (patience == PVGPU_SOON_ONLY) {
 		if (!wait_for_completion_timeout(&message->done, PVGPU_SOON)) {
 			pr_err_ratelimited("pvgpu: the host does not end a request that was cancelled; something of its result may be lost until the device is reset\n");
 			return -EIO;
@@ -280,8 +361,10 @@ void pvgpu_message_end(struct pvgpu_message *message)
 	pvgpu_message_free(message);
 }
 
-struct pvgpu_queue *pvgpu_queue_here(struct pvgpu *device)
+struct pvgpu_queue *pvgpu_queue_here(struct pvgpu_session *session)
 {
+	struct pvgpu *device = session->device;
+
 	return &device->queues[raw_smp_processor_id() % device->queue_count];
 }
 
@@ -294,7 +377,7 @@ void pvgpu_queue_doorbell(struct pvgpu_queue *queue)
 	rcu_read_lock();
 	spin_lock_irqsave(&queue->lock, flags);
 	/* Somebody else may have rung for this submission, too. */
-	if (queue->submitted && !queue->gone) {
+	if (queue->submitted && queue->session) {
 		queue->submitted = false;
 		notify = virtqueue_kick_prepare(queue->ring);
 	}
@@ -306,9 +389,10 @@ void pvgpu_queue_doorbell(struct pvgpu_queue *queue)
 
 /* --- other services --- */
 
-u64 pvgpu_take_ids(struct pvgpu *device, u32 count)
+u64 pvgpu_take_ids(struct pvgpu_session *session, u32 count)
 {
-	return atomic64_fetch_add(count, &device->last_id);
+	/* Those of one session are never those of another, so an event that was under way is not mistaken for a later one. */
+	return atomic64_fetch_add(count, &session->device->last_id);
 }
 
 u64 pvgpu_now_ns(void)
@@ -341,12 +425,7 @@ void pvgpu_bug(void)
 	BUG();
 }
 
-/* --- the device's life --- */
-
-bool pvgpu_gone(const struct pvgpu *device)
-{
-	return READ_ONCE(device->queues[0].gone);
-}
+/* --- queues --- */
 
 void pvgpu_free(struct pvgpu *device)
 {
@@ -355,9 +434,17 @@ void pvgpu_free(struct pvgpu *device)
 	for (index = 0; device->queues && index < device->queue_count; index++)
 		pvgpu_queue_free_abandoned(&device->queues[index]);
 	pvgpu_memory_free(device);
-	kfree(device->host);
 	kfree(device->queues);
 	kfree(device);
+}
+
+/* How many the device has, before the event queue; none if it is not ours. */
+static unsigned int pvgpu_request_queues(struct virtio_device *virtio)
+{
+	struct pvgpu_config config;
+
+	virtio_cread_bytes(virtio, 0, &config, sizeof(config));
+	return config.magic == cpu_to_le32(PVGPU_MAGIC) ? le16_to_cpu(config.request_queues) : 0;
 }
 
 static int pvgpu_find_queues(struct pvgpu *device)
@@ -367,10 +454,6 @@ static int pvgpu_find_queues(struct pvgpu *device)
 	struct virtqueue **rings = kcalloc(count, sizeof(*rings), GFP_KERNEL);
 	int error;
 
-	for (index = 0; index < device->queue_count; index++) {
-		spin_lock_init(&device->queues[index].lock);
-		init_waitqueue_head(&device->queues[index].room);
-	}
 #if LINUX_VERSION_CODE >= KERNEL_VERSION(6, 11, 0)
 	struct virtqueue_info *info = kcalloc(count, sizeof(*info), GFP_KERNEL);
 
@@ -409,7 +492,7 @@ static void pvgpu_stop(struct pvgpu *device)
 
 	for (index = 0; index < device->queue_count; index++) {
 		spin_lock_irq(&device->queues[index].lock);
-		WRITE_ONCE(device->queues[index].gone, true);
+		WRITE_ONCE(device->queues[index].session, NULL);
 		spin_unlock_irq(&device->queues[index].lock);
 	}
 	synchronize_rcu();
@@ -427,23 +510,245 @@ static void pvgpu_stop(struct pvgpu *device)
 			message->state = PVGPU_LOST;
 			complete_all(&message->done);
 		}
+		queue->in_flight = 0;
+		queue->submitted = false;
 		wake_up_all(&queue->room);
 		spin_unlock_irq(&queue->lock);
+		pvgpu_queue_free_abandoned(queue);
 	}
 	pvgpu_event_stop(device);
 	device->virtio->config->del_vqs(device->virtio);
 }
 
+/* --- sessions --- */
+
+struct pvgpu_session *pvgpu_session_get(struct pvgpu_session *session)
+{
+	kref_get(&session->references);
+	return session;
+}
+
+static void pvgpu_session_release(struct kref *references)
+{
+	struct pvgpu_session *session = container_of(references, struct pvgpu_session, references);
+
+	kfree(session->host);
+	kfree(session);
+}
+
+void pvgpu_session_put(struct pvgpu_session *session)
+{
+	kref_put(&session->references, pvgpu_session_release);
+}
+
+bool pvgpu_session_over(const struct pvgpu_session *session)
+{
+	return READ_ONCE(session->device->queues[0].session) != session;
+}
+
+void pvgpu_session_waits(struct pvgpu_session *session)
+{
+	struct pvgpu *device = session->device;
+	unsigned long flags;
+
+	if (delayed_work_pending(&device->attend))
+		return;
+	spin_lock_irqsave(&device->queues[0].lock, flags);
+	pvgpu_queue_attend(&device->queues[0], PVGPU_PATIENCE);
+	spin_unlock_irqrestore(&device->queues[0].lock, flags);
+}
+
+/* Sets the queues of a device up that has accepted its features, and says hello; with the mutex. */
+static int pvgpu_session_start(struct pvgpu *device, struct pvgpu_identity *identity)
+{
+	struct pvgpu_session *session = kzalloc(sizeof(*session), GFP_KERNEL);
+	unsigned int index;
+	int error;
+
+	if (!session)
+		return -ENOMEM;
+	kref_init(&session->references);
+	session->device = device;
+	error = pvgpu_find_queues(device);
+	if (error)
+		goto put;
+	for (index = 0; index < device->queue_count; index++) {
+		spin_lock_irq(&device->queues[index].lock);
+		WRITE_ONCE(device->queues[index].session, session);
+		spin_unlock_irq(&device->queues[index].lock);
+	}
+	virtio_device_ready(device->virtio);
+	error = pvgpu_event_start(device);
+	if (!error)
+		session->host = pvgpu_rust_connect(session, identity, &error);
+	if (session->host) {
+		session->pages = identity->pages;
+		device->session = session;
+		return 0;
+	}
+	pvgpu_stop(device);
+put:
+	pvgpu_session_put(session);
+	return error;
+}
+
+/* With the mutex. */
+static void pvgpu_session_end(struct pvgpu *device)
+{
+	struct pvgpu_session *session = device->session;
+
+	device->session = NULL;
+	pvgpu_stop(device);
+	pvgpu_memory_free(device);
+	if (device->node)
+		pvgpu_memory_forget(device);
+	pvgpu_session_put(session);
+}
+
+/* After the last session has ended and the device was reset: another one, on a host that may be another; with the mutex. */
+static int pvgpu_session_restart(struct pvgpu *device)
+{
+	struct virtio_device *virtio = device->virtio;
+	struct pvgpu_identity identity;
+	int error;
+
+	virtio_add_status(virtio, VIRTIO_CONFIG_S_ACKNOWLEDGE);
+	virtio_add_status(virtio, VIRTIO_CONFIG_S_DRIVER);
+	error = virtio->config->finalize_features(virtio);
+	if (!error) {
+		virtio_add_status(virtio, VIRTIO_CONFIG_S_FEATURES_OK);
+		if (!(virtio->config->get_status(virtio) & VIRTIO_CONFIG_S_FEATURES_OK) ||
+		    pvgpu_request_queues(virtio) != device->queue_count)
+			error = -EPROTO;
+	}
+	if (error) {
+		virtio_reset_device(virtio);
+		return error;
+	}
+	error = pvgpu_session_start(device, &identity);
+	if (error || !strcmp(identity.name, device->identity.name))
+		return error;
+	dev_err(&virtio->dev, "the host's GPU was %s and is %s now: no more of it until the module pvgpu is removed and loaded again\n",
+		device->identity.name, identity.name);
+	device->dead = true;
+	pvgpu_session_end(device);
+	return -ENODEV;
+}
+
+/* With the mutex. */
+static void pvgpu_session_lose(struct pvgpu *device)
+{
+	dev_warn_ratelimited(&device->virtio->dev,
+			     "the host has lost what was open on its GPU: programs get ENODEV until they open it again\n");
+	pvgpu_session_end(device);
+}
+
+struct pvgpu_session *pvgpu_session_now(struct pvgpu *device)
+{
+	unsigned int attempts = READ_ONCE(device->attempts);
+	struct pvgpu_session *session;
+	int error = 0;
+
+	if (mutex_lock_killable(&device->starting))
+		return ERR_PTR(-EINTR);
+	if (device->session && READ_ONCE(device->session->lost))
+		pvgpu_session_lose(device);
+	if (!device->session) {
+		/* What somebody has just tried in vain is not tried again at once by all who wait here. */
+		if (device->dead || device->attempts != attempts) {
+			error = -ENODEV;
+		} else {
+			error = pvgpu_session_restart(device);
+			WRITE_ONCE(device->attempts, attempts + 1);
+		}
+	}
+	if (error && error != -EINTR && error != -ENOMEM) {
+		if (error != -ENODEV)
+			dev_warn_ratelimited(&device->virtio->dev, "the host's GPU cannot be opened again (%d)\n", error);
+		error = -ENODEV;
+	}
+	session = error ? ERR_PTR(error) : pvgpu_session_get(device->session);
+	mutex_unlock(&device->starting);
+	return session;
+}
+
+/* Asks the host whether it knows the session if something waits for it, and comes back; with the mutex. */
+static void pvgpu_session_look(struct pvgpu_session *session)
+{
+	struct pvgpu *device = session->device;
+	unsigned long returned = 0;
+	unsigned int index;
+	bool waiting;
+
+	spin_lock_irq(&device->watch_lock);
+	waiting = !hash_empty(device->watches);
+	spin_unlock_irq(&device->watch_lock);
+	for (index = 0; index < device->queue_count; index++) {
+		struct pvgpu_queue *queue = &device->queues[index];
+
+		spin_lock_irq(&queue->lock);
+		waiting |= queue->in_flight;
+		returned += queue->returned;
+		spin_unlock_irq(&queue->lock);
+		pvgpu_queue_free_abandoned(queue);
+	}
+	if (!waiting)
+		return;
+	/* A host that does not answer, maybe since it is not there, must not have the ring full of questions. */
+	device->patience = returned == device->returned ? min_t(unsigned long, 2 * device->patience, PVGPU_PATIENCE_MAX) :
+							  PVGPU_PATIENCE;
+	device->returned = returned;
+	pvgpu_rust_ask(session, session->host);
+	spin_lock_irq(&device->queues[0].lock);
+	pvgpu_queue_attend(&device->queues[0], device->patience);
+	spin_unlock_irq(&device->queues[0].lock);
+}
+
+/* When something waits, or the device has changed. */
+static void pvgpu_attend(struct work_struct *work)
+{
+	struct pvgpu *device = container_of(to_delayed_work(work), struct pvgpu, attend);
+
+	mutex_lock(&device->starting);
+	if (device->session && (READ_ONCE(device->session->lost) || pvgpu_needs_reset(device)))
+		pvgpu_session_lose(device);
+	else if (device->session)
+		pvgpu_session_look(device->session);
+	mutex_unlock(&device->starting);
+}
+
+/* There will be no other session. Nobody else attends to the device after this. */
+static void pvgpu_end(struct pvgpu *device)
+{
+	mutex_lock(&device->starting);
+	device->dead = true;
+	if (device->session)
+		pvgpu_session_end(device);
+	mutex_unlock(&device->starting);
+	cancel_delayed_work_sync(&device->attend);
+}
+
+/* --- the device's life --- */
+
+/* Maybe in an interrupt. */
+static void pvgpu_config_changed(struct virtio_device *virtio)
+{
+	struct pvgpu *device = virtio->priv;
+	unsigned long flags;
+
+	spin_lock_irqsave(&device->queues[0].lock, flags);
+	pvgpu_queue_attend(&device->queues[0], 0);
+	spin_unlock_irqrestore(&device->queues[0].lock, flags);
+}
+
 static int pvgpu_probe(struct virtio_device *virtio)
 {
-	struct pvgpu_config config;
+	unsigned int count = pvgpu_request_queues(virtio), index;
 	struct pvgpu *device;
 	int error;
 
-	virtio_cread_bytes(virtio, 0, &config, sizeof(config));
-	if (le32_to_cpu(config.magic) != PVGPU_MAGIC || !le16_to_cpu(config.request_queues)) {
-		dev_err(&virtio->dev, "no pvgpu device (magic %#x): give the VM a pvgpu GPU\n",
-			le32_to_cpu(config.magic));
+	if (!count) {
+		dev_err(&virtio->dev, "no pvgpu device: give the VM a pvgpu GPU\n");
 		return -ENODEV;
 	}
 	device = kzalloc(sizeof(*device), GFP_KERNEL);
@@ -451,32 +756,33 @@ static int pvgpu_probe(struct virtio_device *virtio)
 		return -ENOMEM;
 	device->virtio = virtio;
 	virtio->priv = device;
+	mutex_init(&device->starting);
+	INIT_DELAYED_WORK(&device->attend, pvgpu_attend);
 	pvgpu_event_init(device);
 	pvgpu_memory_init(device);
+	error = -ENOMEM;
 	/* All of them, since the event queue's number is the one after the last. */
-	device->queue_count = le16_to_cpu(config.request_queues);
-	device->queues = kcalloc(device->queue_count, sizeof(*device->queues), GFP_KERNEL);
-	error = device->queues ? pvgpu_find_queues(device) : -ENOMEM;
-	if (error)
+	device->queues = kcalloc(count, sizeof(*device->queues), GFP_KERNEL);
+	if (!device->queues)
 		goto free;
-	pvgpu_memory_find(device);
-	virtio_device_ready(virtio);
-	error = pvgpu_event_start(device);
-	if (error)
-		goto stop;
-	device->host = pvgpu_rust_connect(device, &device->identity, &error);
-	if (!device->host) {
-		dev_err(&virtio->dev, "the GPU does not answer as it should (%d): update the VMM or this module\n", error);
-		goto stop;
+	device->queue_count = count;
+	for (index = 0; index < count; index++) {
+		spin_lock_init(&device->queues[index].lock);
+		init_waitqueue_head(&device->queues[index].room);
 	}
-	/* What is outside of the region is no memory of ours, whatever the host says. */
-	device->aperture.len = min_t(u64, device->aperture.len, device->identity.aperture);
+	pvgpu_memory_find(device);
+	mutex_lock(&device->starting);
+	error = pvgpu_session_start(device, &device->identity);
+	mutex_unlock(&device->starting);
+	if (error) {
+		dev_err(&virtio->dev, "the GPU does not answer as it should (%d): update the VMM or this module\n", error);
+		goto end;
+	}
 	error = pvgpu_node_register(device);
-	if (error)
-		goto stop;
-	return 0;
-stop:
-	pvgpu_stop(device);
+	if (!error)
+		return 0;
+end:
+	pvgpu_end(device);
 	if (device->node) {
 		/* Whoever was quick enough to open it keeps the device until he closes it. */
 		drm_dev_put(device->node);
@@ -491,8 +797,7 @@ static void pvgpu_remove(struct virtio_device *virtio)
 {
 	struct pvgpu *device = virtio->priv;
 
-	pvgpu_stop(device);
-	pvgpu_fence_forget_signaled(device);
+	pvgpu_end(device);
 	pvgpu_node_remove(device);
 }
 
@@ -517,6 +822,7 @@ static struct virtio_driver pvgpu_driver = {
 	.id_table = pvgpu_ids,
 	.probe = pvgpu_probe,
 	.remove = pvgpu_remove,
+	.config_changed = pvgpu_config_changed,
 #ifdef CONFIG_PM
 	.freeze = pvgpu_freeze,
 #endif
@@ -552,10 +858,11 @@ static int __init pvgpu_announce_mmio(void)
 
 static int __init pvgpu_init(void)
 {
-	int error = pvgpu_fence_init();
+	int error;
 
-	if (error)
-		return error;
+	pvgpu_workqueue = alloc_workqueue("pvgpu", WQ_UNBOUND, 0);
+	if (!pvgpu_workqueue)
+		return -ENOMEM;
 	error = register_virtio_driver(&pvgpu_driver);
 	if (error)
 		goto exit;
@@ -565,7 +872,7 @@ static int __init pvgpu_init(void)
 		return 0;
 	unregister_virtio_driver(&pvgpu_driver);
 exit:
-	pvgpu_fence_exit();
+	destroy_workqueue(pvgpu_workqueue);
 	return error;
 }
 
@@ -574,7 +881,7 @@ static void __exit pvgpu_exit(void)
 	if (mmio)
 		platform_device_unregister(mmio_device);
 	unregister_virtio_driver(&pvgpu_driver);
-	pvgpu_fence_exit();
+	destroy_workqueue(pvgpu_workqueue);
 }
 
 module_init(pvgpu_init);

@@ -131,22 +131,24 @@ static bool pvgpu_watch_forget(struct pvgpu *device, struct pvgpu_watch *watch)
 
 int pvgpu_watch(const struct pvgpu_file *file, struct pvgpu_watch *watch, u32 events)
 {
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
+	struct pvgpu *device = session->device;
 	int result;
 
-	watch->id = pvgpu_take_ids(device, 1) + 1;
+	watch->id = pvgpu_take_ids(session, 1) + 1;
 	/* The event may come before the answer. */
 	spin_lock_irq(&device->watch_lock);
 	hash_add(device->watches, &watch->link, watch->id);
 	spin_unlock_irq(&device->watch_lock);
-	result = pvgpu_rust_watch(device, device->host, file->object, watch->id, events);
+	result = pvgpu_rust_watch(session, session->host, file->object, watch->id, events);
+	pvgpu_session_waits(session);
 	if (result && !pvgpu_watch_forget(device, watch))
 		return 0;
 	return result;
 }
 
-void pvgpu_watch_cancel(struct pvgpu *device, struct pvgpu_watch *watch)
+void pvgpu_watch_cancel(struct pvgpu_session *session, struct pvgpu_watch *watch)
 {
-	if (pvgpu_watch_forget(device, watch))
-		pvgpu_rust_cancel(device, device->host, watch->id);
+	if (pvgpu_watch_forget(session->device, watch))
+		pvgpu_rust_cancel(session, session->host, watch->id);
 }

@@ -29,8 +29,6 @@ struct pvgpu_fence {
 	struct work_struct release;
 };
 
-static struct workqueue_struct *pvgpu_workqueue;
-
 static struct pvgpu_fence *pvgpu_fence(struct dma_fence *base)
 {
 	return container_of(base, struct pvgpu_fence, base);
@@ -38,7 +36,7 @@ static struct pvgpu_fence *pvgpu_fence(struct dma_fence *base)
 
 static const char *pvgpu_fence_driver(struct dma_fence *base)
 {
-	return pvgpu_fence(base)->object->file.device->identity.name;
+	return pvgpu_fence(base)->object->file.session->device->identity.name;
 }
 
 static const char *pvgpu_fence_timeline(struct dma_fence *base)
@@ -49,7 +47,7 @@ static const char *pvgpu_fence_timeline(struct dma_fence *base)
 /* With the lock: events of the host's fence, or -errno. */
 static void pvgpu_fence_end(struct pvgpu_fence *fence, int result)
 {
-	struct pvgpu *device = fence->object->file.device;
+	struct pvgpu_session *session = fence->object->file.session;
 
 	if (test_bit(DMA_FENCE_FLAG_SIGNALED_BIT, &fence->base.flags))
 		return;
@@ -57,8 +55,8 @@ static void pvgpu_fence_end(struct pvgpu_fence *fence, int result)
 		dma_fence_set_error(&fence->base, max(result, -MAX_ERRNO));
 	else if (!(result & POLLIN))
 		dma_fence_set_error(&fence->base, -EIO);
-	else if (!device->signaled && device->opens)
-		device->signaled = pvgpu_object_get(fence->object);
+	else if (!session->signaled && session->opens)
+		session->signaled = pvgpu_object_get(fence->object);
 	dma_fence_signal_locked(&fence->base);
 }
 
@@ -112,10 +110,10 @@ static void pvgpu_fence_free(struct work_struct *work)
 {
 	struct pvgpu_fence *fence = container_of(work, struct pvgpu_fence, release);
 
-	pvgpu_watch_cancel(fence->object->file.device, &fence->watch);
+	pvgpu_watch_cancel(fence->object->file.session, &fence->watch);
 	pvgpu_object_put(fence->object);
 	dma_fence_free(&fence->base);
-	/* pvgpu_fence_exit() waits for the end of this. */
+	/* The module waits for the end of this before it goes. */
 	module_put(THIS_MODULE);
 }
 
@@ -142,20 +140,20 @@ struct file *pvgpu_fence_file(struct pvgpu_object *object)
 	fence->again = PVGPU_ASK_AGAIN;
 	INIT_WORK(&fence->release, pvgpu_fence_free);
 	/* The host's fences signal in any order, so each has a context of its own. */
-	dma_fence_init(&fence->base, &pvgpu_fence_operations, &object->file.device->watch_lock,
+	dma_fence_init(&fence->base, &pvgpu_fence_operations, &object->file.session->device->watch_lock,
 		       dma_fence_context_alloc(1), 1);
 	sync_file = sync_file_create(&fence->base);
 	dma_fence_put(&fence->base);
 	return sync_file ? sync_file->file : ERR_PTR(-ENOMEM);
 }
 
-static bool pvgpu_fence_is_of(struct dma_fence *base, struct pvgpu *device)
+static bool pvgpu_fence_is_of(struct dma_fence *base, struct pvgpu_session *session)
 {
-	return base->ops == &pvgpu_fence_operations && pvgpu_fence(base)->object->file.device == device;
+	return base->ops == &pvgpu_fence_operations && pvgpu_fence(base)->object->file.session == session;
 }
 
 /* The host takes one fence of its own. What else a sync file has, merged or of other drivers, is waited for here. */
-struct pvgpu_object *pvgpu_fence_object(struct pvgpu *device, int fd)
+struct pvgpu_object *pvgpu_fence_object(struct pvgpu_session *session, int fd)
 {
 	struct dma_fence *whole = sync_file_get_fence(fd), *fence;
 	struct pvgpu_object *object = NULL;
@@ -167,7 +165,7 @@ struct pvgpu_object *pvgpu_fence_object(struct pvgpu *device, int fd)
 	dma_fence_unwrap_for_each(fence, &cursor, whole) {
 		if (error)
 			continue;
-		if (!object && pvgpu_fence_is_of(fence, device))
+		if (!object && pvgpu_fence_is_of(fence, session))
 			object = pvgpu_object_get(pvgpu_fence(fence)->object);
 		else
 			error = dma_fence_wait(fence, true);
@@ -180,33 +178,22 @@ struct pvgpu_object *pvgpu_fence_object(struct pvgpu *device, int fd)
 	}
 	if (!object) {
 		/* All are signaled, so any of the host's stands for them that is. */
-		spin_lock_irq(&device->watch_lock);
-		if (device->signaled)
-			object = pvgpu_object_get(device->signaled);
-		spin_unlock_irq(&device->watch_lock);
+		spin_lock_irq(&session->device->watch_lock);
+		if (session->signaled)
+			object = pvgpu_object_get(session->signaled);
+		spin_unlock_irq(&session->device->watch_lock);
 	}
 	return object ?: ERR_PTR(-EOPNOTSUPP);
 }
 
-void pvgpu_fence_forget_signaled(struct pvgpu *device)
+void pvgpu_fence_forget_signaled(struct pvgpu_session *session)
 {
 	struct pvgpu_object *object;
 
-	spin_lock_irq(&device->watch_lock);
-	object = device->signaled;
-	device->signaled = NULL;
-	spin_unlock_irq(&device->watch_lock);
+	spin_lock_irq(&session->device->watch_lock);
+	object = session->signaled;
+	session->signaled = NULL;
+	spin_unlock_irq(&session->device->watch_lock);
 	if (object)
 		pvgpu_object_put(object);
-}
-
-int pvgpu_fence_init(void)
-{
-	pvgpu_workqueue = alloc_workqueue("pvgpu", WQ_UNBOUND, 0);
-	return pvgpu_workqueue ? 0 : -ENOMEM;
-}
-
-void pvgpu_fence_exit(void)
-{
-	destroy_workqueue(pvgpu_workqueue);
 }

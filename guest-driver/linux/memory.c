@@ -15,6 +15,7 @@
 #include <linux/mutex.h>
 #include <linux/sched/signal.h>
 #include <linux/slab.h>
+#include <linux/srcu.h>
 #include <linux/version.h>
 #include <drm/drm_device.h>
 
@@ -29,10 +30,13 @@
 /* How many pages a fault maps at once, at most: a page table. */
 #define PVGPU_FAULT_PAGES PTRS_PER_PTE
 
+/* Faults that may be about to map something. */
+DEFINE_STATIC_SRCU(pvgpu_faults);
+
 /* A range of an object, as long as there is a VMA of it. */
 struct pvgpu_mapping {
 	struct kref references;
-	struct pvgpu *device;
+	struct pvgpu_session *session;
 	u64 aperture_offset, length;	/* with pages, the first is the host's number of it */
 	pgoff_t start;	/* what vm_pgoff of the first VMA was: where in the object the range starts */
 	struct page **pages;		/* NULL in the aperture, and then nothing of what follows is used */
@@ -65,9 +69,9 @@ void pvgpu_memory_find(struct pvgpu *device)
 }
 
 /* Whether the device takes pages. It knows no other addresses than this kernel does, so it must not be behind an IOMMU. */
-static bool pvgpu_takes_pages(const struct pvgpu *device)
+static bool pvgpu_takes_pages(const struct pvgpu_session *session)
 {
-	return !device->aperture.len && device->identity.pages && virtio_has_dma_quirk(device->virtio);
+	return !session->device->aperture.len && session->pages && virtio_has_dma_quirk(session->device->virtio);
 }
 
 static void pvgpu_mapping_free(struct pvgpu_mapping *mapping)
@@ -86,7 +90,7 @@ static void pvgpu_mapping_give_up(struct pvgpu_mapping *mapping, bool unmapped)
 	if (!mapping->pages || unmapped)
 		pvgpu_mapping_free(mapping);
 	else
-		llist_add(&mapping->lost, &mapping->device->lost_mappings);
+		llist_add(&mapping->lost, &mapping->session->device->lost_mappings);
 }
 
 void pvgpu_memory_free(struct pvgpu *device)
@@ -100,7 +104,9 @@ void pvgpu_memory_free(struct pvgpu *device)
 static void pvgpu_mapping_release(struct kref *references)
 {
 	struct pvgpu_mapping *mapping = container_of(references, struct pvgpu_mapping, references);
-	struct pvgpu *device = mapping->device;
+	struct pvgpu_session *session = mapping->session;
+	struct pvgpu *device = session->device;
+	struct drm_device *node = device->node;
 	int error;
 
 	if (mapping->pages) {
@@ -108,9 +114,10 @@ static void pvgpu_mapping_release(struct kref *references)
 		list_del(&mapping->link);
 		mutex_unlock(&device->mappings_lock);
 	}
-	error = pvgpu_rust_unmap(device, device->host, mapping->aperture_offset, mapping->length);
+	error = pvgpu_rust_unmap(session, session->host, mapping->aperture_offset, mapping->length);
 	pvgpu_mapping_give_up(mapping, !error);
-	drm_dev_put(device->node);
+	pvgpu_session_put(session);
+	drm_dev_put(node);
 }
 
 /*
@@ -203,21 +210,20 @@ static unsigned long pvgpu_mapping_frame(const struct pvgpu_mapping *mapping, pg
 
 	if (mapping->pages)
 		return page_to_pfn(mapping->pages[index]);
-	return PHYS_PFN(mapping->device->aperture.addr + mapping->aperture_offset) + index;
+	return PHYS_PFN(mapping->session->device->aperture.addr + mapping->aperture_offset) + index;
 }
 
 static vm_fault_t pvgpu_vma_fault(struct vm_fault *fault)
 {
 	struct vm_area_struct *vma = fault->vma;
 	struct pvgpu_mapping *mapping = vma->vm_private_data;
-	struct pvgpu *device = mapping->device;
 	unsigned long address, end;
-	vm_fault_t result;
-	int unplugged;
+	vm_fault_t result = VM_FAULT_SIGBUS;
+	int faults = srcu_read_lock(&pvgpu_faults);
 
-	/* Not after the device's mappings were taken from all processes: drm_dev_unplug() waits for this. */
-	if (!drm_dev_enter(device->node, &unplugged))
-		return VM_FAULT_SIGBUS;
+	/* Not after the session's mappings were taken from all processes: pvgpu_memory_forget() waits for this. */
+	if (pvgpu_session_over(mapping->session))
+		goto unlock;
 	/* The page that was touched, then its neighbours as far as they share its page table; these may fail. */
 	result = vmf_insert_pfn(vma, fault->address & PAGE_MASK, pvgpu_mapping_frame(mapping, fault->pgoff));
 	address = max(vma->vm_start, fault->address & PMD_MASK);
@@ -228,7 +234,8 @@ static vm_fault_t pvgpu_vma_fault(struct vm_fault *fault)
 		if (vmf_insert_pfn(vma, address, pvgpu_mapping_frame(mapping, offset)) != VM_FAULT_NOPAGE)
 			break;
 	}
-	drm_dev_exit(unplugged);
+unlock:
+	srcu_read_unlock(&pvgpu_faults, faults);
 	return result;
 }
 
@@ -238,19 +245,25 @@ static const struct vm_operations_struct pvgpu_vma_operations = {
 	.fault = pvgpu_vma_fault,
 };
 
+void pvgpu_memory_forget(struct pvgpu *device)
+{
+	synchronize_srcu(&pvgpu_faults);
+	unmap_mapping_range(device->node->anon_inode->i_mapping, 0, 0, 1);
+}
+
 static int pvgpu_map_range(struct pvgpu_file *file, struct pvgpu_mapping *mapping, u32 protection)
 {
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
 	u64 offset = (u64)mapping->start << PAGE_SHIFT;
 	struct pvgpu_range *ranges;
 	int result;
 
 	if (!mapping->pages)
-		return pvgpu_rust_map(device, device->host, file->object, offset, mapping->length, protection,
+		return pvgpu_rust_map(session, session->host, file->object, offset, mapping->length, protection,
 				      &mapping->aperture_offset);
 	result = pvgpu_pages_ranges(mapping, &ranges);
 	if (result > 0)
-		result = pvgpu_rust_map_pages(device, device->host, file->object, offset, mapping->length, protection,
+		result = pvgpu_rust_map_pages(session, session->host, file->object, offset, mapping->length, protection,
 					      ranges, result, &mapping->aperture_offset);
 	kvfree(ranges);
 	return result;
@@ -284,8 +297,8 @@ static struct pvgpu_mapping *pvgpu_mapping_find(struct pvgpu_file *file, struct 
 {
 	struct pvgpu_mapping *mapping;
 
-	list_for_each_entry(mapping, &file->device->mappings, link) {
-		if (mapping->object != file->object || vma->vm_pgoff < mapping->start ||
+	list_for_each_entry(mapping, &file->session->device->mappings, link) {
+		if (mapping->session != file->session || mapping->object != file->object || vma->vm_pgoff < mapping->start ||
 		    vma->vm_pgoff + vma_pages(vma) > mapping->start + (mapping->length >> PAGE_SHIFT))
 			continue;
 		if ((mapping->writable || !(vma->vm_flags & VM_MAYWRITE)) && kref_get_unless_zero(&mapping->references))
@@ -297,46 +310,50 @@ static struct pvgpu_mapping *pvgpu_mapping_find(struct pvgpu_file *file, struct 
 /* A new mapping of what the VMA is to show. */
 static struct pvgpu_mapping *pvgpu_mapping_new(struct pvgpu_file *file, struct vm_area_struct *vma)
 {
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
+	struct pvgpu *device = session->device;
 	struct pvgpu_mapping *mapping = kzalloc(sizeof(*mapping), GFP_KERNEL);
 	int error = 0;
 
 	if (!mapping)
 		return ERR_PTR(-ENOMEM);
 	kref_init(&mapping->references);
-	mapping->device = device;
+	mapping->session = session;
 	mapping->length = vma->vm_end - vma->vm_start;
 	mapping->start = vma->vm_pgoff;
 	mapping->object = file->object;
-	if (pvgpu_takes_pages(device))
+	if (pvgpu_takes_pages(session))
 		error = pvgpu_pages_allocate(mapping);
 	if (!error)
 		error = pvgpu_map_on_host(file, vma, mapping);
 	if (error)
 		goto free;
-	drm_dev_get(device->node);
 	if (mapping->pages)
-		return mapping;
+		goto keep;
 	/* The Rust half has checked against the host's word, this is against the region itself. */
 	if (PAGE_ALIGNED(mapping->aperture_offset) && mapping->aperture_offset <= device->aperture.len &&
 	    mapping->length <= device->aperture.len - mapping->aperture_offset)
-		return mapping;
+		goto keep;
 	error = -EPROTO;
-	pvgpu_rust_unmap(device, device->host, mapping->aperture_offset, mapping->length);
-	drm_dev_put(device->node);
+	pvgpu_rust_unmap(session, session->host, mapping->aperture_offset, mapping->length);
 free:
 	/* A host that has not answered may have mapped it. */
 	pvgpu_mapping_give_up(mapping, error != -EIO);
 	return ERR_PTR(error);
+keep:
+	pvgpu_session_get(session);
+	drm_dev_get(device->node);
+	return mapping;
 }
 
 /* With pages: one mapping for all VMAs that show the same. */
 static struct pvgpu_mapping *pvgpu_mapping_get(struct pvgpu_file *file, struct vm_area_struct *vma)
 {
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
+	struct pvgpu *device = session->device;
 	struct pvgpu_mapping *mapping;
 
-	if (!pvgpu_takes_pages(device))
+	if (!pvgpu_takes_pages(session))
 		return pvgpu_mapping_new(file, vma);
 	if (mutex_lock_killable(&device->mappings_lock))
 		return ERR_PTR(-EINTR);
@@ -354,7 +371,7 @@ int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma)
 {
 	struct pvgpu_mapping *mapping;
 
-	if (pvgpu_gone(file->device))
+	if (pvgpu_session_over(file->session))
 		return -ENODEV;
 	/* As the kernel's own drivers: memory of a GPU has no private copies. */
 	if ((vma->vm_flags & (VM_SHARED | VM_MAYWRITE)) == VM_MAYWRITE)

@@ -40,42 +40,59 @@ static int pvgpu_open(struct drm_device *node, struct drm_file *drm_file)
 {
 	struct pvgpu *device = node->dev_private;
 	struct pvgpu_opened *open = kzalloc(sizeof(*open), GFP_KERNEL);
+	struct pvgpu_session *session;
+	bool again = true;
 	int object;
 
 	if (!open)
 		return -ENOMEM;
-	/* No request of the host's waits for a read: whether this file's reader does is decided here. */
-	object = pvgpu_rust_open(device, device->host, PVGPU_OPEN_RDWR | PVGPU_OPEN_NONBLOCK);
-	if (object < 0) {
-		kfree(open);
-		return object;
+	for (;;) {
+		session = pvgpu_session_now(device);
+		if (IS_ERR(session)) {
+			object = PTR_ERR(session);
+			goto free;
+		}
+		/* No request of the host's waits for a read: whether this file's reader does is decided here. */
+		object = pvgpu_rust_open(session, session->host, PVGPU_OPEN_RDWR | PVGPU_OPEN_NONBLOCK);
+		if (object >= 0)
+			break;
+		/* That the host has lost the session is often noticed here first. */
+		again = again && (pvgpu_session_over(session) || READ_ONCE(session->lost));
+		pvgpu_session_put(session);
+		if (!again)
+			goto free;
+		again = false;
 	}
-	open->file.device = device;
+	open->file.session = session;
 	open->file.object = object;
 	init_waitqueue_head(&open->readable);
 	mutex_init(&open->watch_start);
 	open->watch.happened = pvgpu_opened_happened;
 	drm_file->driver_priv = &open->file;
 	spin_lock_irq(&device->watch_lock);
-	device->opens++;
+	session->opens++;
 	spin_unlock_irq(&device->watch_lock);
 	return 0;
+free:
+	kfree(open);
+	return object;
 }
 
 static void pvgpu_close(struct drm_device *node, struct drm_file *drm_file)
 {
 	struct pvgpu_file *file = drm_file->driver_priv;
 	struct pvgpu_opened *open = container_of(file, struct pvgpu_opened, file);
-	struct pvgpu *device = file->device;
+	struct pvgpu_session *session = file->session;
 	bool last;
 
-	pvgpu_watch_cancel(device, &open->watch);
-	pvgpu_rust_close(device, device->host, file->object);
-	spin_lock_irq(&device->watch_lock);
-	last = !--device->opens;
-	spin_unlock_irq(&device->watch_lock);
+	pvgpu_watch_cancel(session, &open->watch);
+	pvgpu_rust_close(session, session->host, file->object);
+	spin_lock_irq(&session->device->watch_lock);
+	last = !--session->opens;
+	spin_unlock_irq(&session->device->watch_lock);
 	if (last)
-		pvgpu_fence_forget_signaled(device);
+		pvgpu_fence_forget_signaled(session);
+	pvgpu_session_put(session);
 	kfree(open);
 }
 
@@ -91,9 +108,9 @@ static long pvgpu_ioctl(struct file *filp, unsigned int command, unsigned long a
 	struct pvgpu_file *file = pvgpu_file(filp);
 	int result;
 
-	if (pvgpu_gone(file->device))
+	if (pvgpu_session_over(file->session))
 		return -ENODEV;
-	result = pvgpu_rust_ioctl(file->device, file->device->host, file->object, command, address);
+	result = pvgpu_rust_ioctl(file->session, file->session->host, file->object, command, address);
 	/* As the kernel's own drivers: the process's signal handler decides whether the call is made again (SA_RESTART). */
 	return result == -EINTR && signal_pending(current) ? -ERESTARTSYS : result;
 }
@@ -110,7 +127,7 @@ static int pvgpu_readable(struct pvgpu_opened *open)
 
 	if (result)
 		return result;
-	if (!pvgpu_watching(open->file.device, &open->watch))
+	if (!pvgpu_watching(open->file.session->device, &open->watch))
 		result = pvgpu_watch(&open->file, &open->watch, POLLIN | POLLRDNORM);
 	mutex_unlock(&open->watch_start);
 	return result;
@@ -141,13 +158,13 @@ static ssize_t pvgpu_read(struct file *filp, char __user *buffer, size_t length,
 	int result;
 
 	for (;;) {
-		result = pvgpu_rust_read(file->device, file->device->host, file->object, (u64)buffer, length);
+		result = pvgpu_rust_read(file->session, file->session->host, file->object, (u64)buffer, length);
 		if (result != -EAGAIN || filp->f_flags & O_NONBLOCK)
 			break;
 		result = pvgpu_readable(open);
 		if (!result)
 			result = wait_event_interruptible(open->readable,
-							  !pvgpu_watching(file->device, &open->watch));
+							  !pvgpu_watching(file->session->device, &open->watch));
 		else if (result == -EAGAIN || result == -ENOMEM)
 			result = schedule_timeout_interruptible(PVGPU_LOOK_AGAIN) ? -EINTR : 0;
 		if (result < 0)

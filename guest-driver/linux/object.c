@@ -12,16 +12,16 @@
 
 #include "pvgpu.h"
 
-static struct pvgpu_object *pvgpu_object_new(struct pvgpu *device, int id)
+static struct pvgpu_object *pvgpu_object_new(struct pvgpu_session *session, int id)
 {
 	struct pvgpu_object *object = kzalloc(sizeof(*object), GFP_KERNEL);
 
 	if (!object)
 		return NULL;
-	object->file.device = device;
+	object->file.session = pvgpu_session_get(session);
 	object->file.object = id;
 	kref_init(&object->references);
-	drm_dev_get(device->node);
+	drm_dev_get(session->device->node);
 	return object;
 }
 
@@ -34,11 +34,13 @@ struct pvgpu_object *pvgpu_object_get(struct pvgpu_object *object)
 static void pvgpu_object_release(struct kref *references)
 {
 	struct pvgpu_object *object = container_of(references, struct pvgpu_object, references);
-	struct pvgpu *device = object->file.device;
+	struct pvgpu_session *session = object->file.session;
+	struct drm_device *node = session->device->node;
 
-	pvgpu_rust_close(device, device->host, object->file.object);
+	pvgpu_rust_close(session, session->host, object->file.object);
 	kfree(object);
-	drm_dev_put(device->node);
+	pvgpu_session_put(session);
+	drm_dev_put(node);
 }
 
 void pvgpu_object_put(struct pvgpu_object *object)
@@ -68,7 +70,7 @@ static struct file *pvgpu_syncobj_file(struct pvgpu_object *object)
 	return filp;
 }
 
-static struct pvgpu_object *pvgpu_syncobj_object(struct pvgpu *device, int fd)
+static struct pvgpu_object *pvgpu_syncobj_object(struct pvgpu_session *session, int fd)
 {
 	struct pvgpu_object *object = ERR_PTR(-EINVAL), *found;
 	struct file *filp = fget(fd);
@@ -77,7 +79,7 @@ static struct pvgpu_object *pvgpu_syncobj_object(struct pvgpu *device, int fd)
 		return object;
 	if (filp->f_op == &pvgpu_syncobj_operations) {
 		found = filp->private_data;
-		if (found->file.device == device)
+		if (found->file.session == session)
 			object = pvgpu_object_get(found);
 	}
 	fput(filp);
@@ -86,14 +88,14 @@ static struct pvgpu_object *pvgpu_syncobj_object(struct pvgpu *device, int fd)
 
 /* --- for the Rust half --- */
 
-int pvgpu_object_fd(struct pvgpu *device, int id, int descriptor, u32 flags)
+int pvgpu_object_fd(struct pvgpu_session *session, int id, int descriptor, u32 flags)
 {
-	struct pvgpu_object *object = pvgpu_object_new(device, id);
+	struct pvgpu_object *object = pvgpu_object_new(session, id);
 	struct file *filp;
 	int fd;
 
 	if (!object) {
-		pvgpu_rust_close(device, device->host, id);
+		pvgpu_rust_close(session, session->host, id);
 		return -ENOMEM;
 	}
 	fd = get_unused_fd_flags(flags & O_CLOEXEC);
@@ -123,19 +125,19 @@ put:
 	return fd;
 }
 
-int pvgpu_fd_object(struct pvgpu *device, int fd, int descriptor, struct pvgpu_object **object)
+int pvgpu_fd_object(struct pvgpu_session *session, int fd, int descriptor, struct pvgpu_object **object)
 {
 	struct pvgpu_object *found;
 
 	switch (descriptor) {
 	case PVGPU_DMA_BUF:
-		found = pvgpu_buffer_object(device, fd);
+		found = pvgpu_buffer_object(session, fd);
 		break;
 	case PVGPU_SYNC_FILE:
-		found = pvgpu_fence_object(device, fd);
+		found = pvgpu_fence_object(session, fd);
 		break;
 	case PVGPU_SYNCOBJ:
-		found = pvgpu_syncobj_object(device, fd);
+		found = pvgpu_syncobj_object(session, fd);
 		break;
 	default:
 		/* An eventfd would have to be signaled by the host. */

@@ -18,7 +18,7 @@ pub trait Channel {
     fn max_message(&self) -> usize;
 
     /// Lends a slot with room for that many request and response bytes. `EAGAIN` when all are in flight, `E2BIG`
-    /// above [`Channel::max_message`].
+    /// above [`Channel::max_message`], `ENODEV` when the device is known to be gone.
     fn begin(&mut self, request: usize, response: usize) -> Result<Slot, Errno>;
 
     /// The slot's request buffer, of the length asked for; its contents are undefined.
@@ -34,7 +34,8 @@ pub trait Channel {
     fn is_complete(&mut self, slot: &Slot) -> bool;
 
     /// Waits until the slot's response is there. `EINTR` when the wait was interrupted; the request is then still
-    /// in flight. `ENODEV` when the device is gone.
+    /// in flight. So it is with `ETIMEDOUT`, which says after about a second that the host may have lost it. `ENODEV` when
+    /// the device is gone.
     fn wait(&mut self, slot: &Slot) -> Result<(), Errno>;
 
     /// What comes now cancels a request whose wait was interrupted, and waits for its end, which will be soon: what

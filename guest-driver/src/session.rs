@@ -4,6 +4,8 @@
 //! driver speaks, and holds nothing else: the state of files and objects is the host's. So where many callers come at
 //! once, each makes a session of its own on the one connection ([`Session::share`]) and shares nothing but the device
 //! and the answers that cannot change ([`Session::with_constants`]).
+//!
+//! A session that the proxy has lost, since it was restarted, gives `ENODEV` from then on; another one needs another channel.
 
 use crate::channel::{Channel, Slot};
 use crate::constants::{Constants, Draft};
@@ -25,6 +27,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes};
 const REQUEST_HEADER: usize = size_of::<RequestHeader>();
 const RESPONSE_HEADER: usize = size_of::<ResponseHeader>();
 const IOCTL_HEADER: usize = REQUEST_HEADER + size_of::<IoctlRequest>();
+/// Waits for the answer to a hello, each of about a second.
+const HELLO_WAITS: u32 = 10;
 /// Payload bytes that an ioctl is given at first; most need less.
 const IOCTL_ROOM: usize = 1024;
 
@@ -108,7 +112,7 @@ pub struct Mapping {
 
 impl<'a, C: Channel> Session<'a, C> {
     /// Says hello. `EOPNOTSUPP` when the proxy speaks another version of the protocol, `EPROTO` when it answers
-    /// something else than a hello.
+    /// something else than a hello, `EIO` when it does not answer.
     pub fn connect(mut channel: C, guest: &str) -> Result<Self, Errno> {
         let hello = Hello::new(guest);
         let mut record = [0; 128];
@@ -122,7 +126,9 @@ impl<'a, C: Channel> Session<'a, C> {
             control::RECORD_LIMIT,
         )?;
         channel.doorbell();
-        let waited = channel.wait(&pending.slot);
+        let mut waits = (0..HELLO_WAITS).map(|_| channel.wait(&pending.slot));
+        let waited = waits.find(|waited| *waited != Err(Errno::ETIMEDOUT));
+        let waited = waited.unwrap_or(Err(Errno::EIO));
         let take = |_, payload: &[u8]| {
             let reply: HelloReply<'_> = control::decode(payload)?;
             let driver = ArrayString::from(reply.driver.name).map_err(|_| Errno::EPROTO)?;
@@ -482,10 +488,14 @@ impl<'a, C: Channel> Session<'a, C> {
         self.channel.is_complete(&pending.slot)
     }
 
-    /// Rings the doorbell for all submitted requests and waits until this one is complete.
+    /// Rings the doorbell for all submitted requests and waits until this one is complete. `ENODEV` when it never will be,
+    /// since the proxy does not know the session any more.
     pub fn wait(&mut self, pending: &Pending) -> Result<(), Errno> {
         self.channel.doorbell();
-        self.channel.wait(&pending.slot)
+        match self.channel.wait(&pending.slot) {
+            Err(Errno::ETIMEDOUT) => self.settle_slowly(pending),
+            waited => waited,
+        }
     }
 
     /// Takes the result of a request that is complete.
@@ -534,13 +544,59 @@ impl<'a, C: Channel> Session<'a, C> {
         result
     }
 
+    /// Starts a request that does nothing and leaves its answer to whoever takes what the device returns: it is
+    /// `ENOTCONN` when the proxy does not know this session.
+    pub fn ask(&mut self) -> Result<(), Errno> {
+        let pending = self.start_nop()?;
+        self.channel.doorbell();
+        self.channel.end(pending.slot);
+        Ok(())
+    }
+
     /// Waits until a request is complete. When the wait is interrupted, cancels the request, which then completes soon: its
     /// result is always taken, so what it has made on the host is never left without an owner.
+    /// When it takes long, asks the proxy whether it still knows the session; `ENODEV` if not.
     fn settle(&mut self, pending: &Pending) -> Result<(), Errno> {
         match self.channel.wait(&pending.slot) {
             Err(Errno::EINTR) => self.cancel_and_settle(pending),
+            Err(Errno::ETIMEDOUT) => self.settle_slowly(pending),
             waited => waited,
         }
+    }
+
+    /// The proxy may be merely slow, or away for a while; then one question is lost as the request was, so there are more, less
+    /// and less often: each keeps a slot until the device returns it.
+    #[cold]
+    fn settle_slowly(&mut self, pending: &Pending) -> Result<(), Errno> {
+        let mut asked: Option<Pending> = None;
+        let mut silence = 0_u32;
+        let waited = loop {
+            match asked.take() {
+                Some(nop) if self.is_complete(&nop) => {
+                    silence = 0;
+                    if self.finish(nop) == Err(Errno::ENODEV) {
+                        break Err(Errno::ENODEV);
+                    }
+                }
+                Some(nop) if silence.is_power_of_two() => self.channel.end(nop.slot),
+                waits => asked = waits,
+            }
+            if asked.is_none() {
+                // Without a free slot, later.
+                asked = self.start_nop().ok();
+                self.channel.doorbell();
+            }
+            silence += 1;
+            match self.channel.wait(&pending.slot) {
+                Err(Errno::ETIMEDOUT) => {}
+                Err(Errno::EINTR) => break self.cancel_and_settle(pending),
+                waited => break waited,
+            }
+        };
+        if let Some(nop) = asked {
+            self.channel.end(nop.slot);
+        }
+        waited
     }
 
     #[cold]
@@ -662,9 +718,13 @@ fn split_response(response: &[u8], id: u64) -> Result<(i32, &[u8]), Errno> {
     Ok((header.result.get(), payload))
 }
 
+/// A proxy that knows nothing of a session in which a hello was said has lost it, and with it all that was open.
 fn to_result(result: i32) -> Result<i32, Errno> {
     match result {
         0.. => Ok(result),
-        _ => Err(Errno::new(result.saturating_neg())),
+        _ => match Errno::new(result.saturating_neg()) {
+            Errno::ENOTCONN => Err(Errno::ENODEV),
+            errno => Err(errno),
+        },
     }
 }

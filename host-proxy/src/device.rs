@@ -51,6 +51,8 @@
 //!     device.read_config(0, &mut [0; 8]);
 //!     // ... starts it when the guest writes DRIVER_OK ...
 //!     device.activate(memory, features, queues, Arc::new(Line(irqfd)))?;
+//!     // ... shows DEVICE_NEEDS_RESET in its status register while this is true ...
+//!     let _ = device.needs_reset();
 //!     // ... and hands doorbells on: as ioeventfds (here), or by a call on each write to QueueNotify.
 //!     match device.doorbell(0) {
 //!         Some(_ioeventfd) => {}
@@ -193,6 +195,7 @@ struct Active {
     /// Whether the guest has accepted VIRTIO_F_EVENT_IDX.
     event_idx: bool,
     closing: Arc<AtomicBool>,
+    broken: Arc<AtomicBool>,
 }
 
 /// A request queue and where its responses go.
@@ -301,10 +304,12 @@ impl Device {
         let closing = Arc::new(AtomicBool::new(false));
         let scratch = self.scratch.as_ref();
         let pages = scratch.map(|scratch| Pages::new(memory.clone(), scratch));
+        let broken = Arc::new(AtomicBool::new(false));
         let shared = Shared {
             memory,
             interrupt,
             counters: Arc::clone(&self.counters),
+            broken: Arc::clone(&broken),
             closing: Arc::clone(&closing),
             off: Arc::clone(&self.off),
         };
@@ -344,6 +349,7 @@ impl Device {
             threads: Vec::new(),
             event_idx,
             closing,
+            broken,
         });
         (0..requests)
             .try_for_each(|index| self.start_thread(index))
@@ -445,6 +451,13 @@ impl Device {
             }
             None => {}
         }
+    }
+
+    /// Whether the guest has broken a ring and must reset the device: what the transport shows as DEVICE_NEEDS_RESET in the
+    /// device's status. [`Interrupt::signal_config`] says when it becomes true; a reset ends it.
+    pub fn needs_reset(&self) -> bool {
+        let active = self.active.as_ref();
+        active.is_some_and(|active| active.broken.load(Ordering::Acquire))
     }
 
     /// Set this from any thread, and [`Device::notify`] comes back after at most a queue full of requests: a guest can

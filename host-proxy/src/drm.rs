@@ -204,9 +204,12 @@ impl HostDriver for DrmDriver {
     }
 }
 
-/// The errno of a failed system call.
+/// The errno of a failed system call. `ENOTCONN`, which no GPU driver gives, would tell the guest that its session is lost.
 fn errno(error: io::Error) -> Errno {
-    Errno::new(error.raw_os_error().unwrap_or(0))
+    match Errno::new(error.raw_os_error().unwrap_or(0)) {
+        Errno::ENOTCONN => Errno::EIO,
+        errno => errno,
+    }
 }
 
 /// Repeats a call that may wait until it is done or cancelled; other signals do not end it.

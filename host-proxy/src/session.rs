@@ -536,8 +536,7 @@ impl Shared {
         let object_id = i32::try_from(header.object.get()).map_err(|_| Errno::EBADF)?;
         match operation {
             Operation::Hello => return self.hello(id, rest, room).map(Some),
-            Operation::Nop => return done(0),
-            _ => require(self.state().open, Errno::EPROTO)?,
+            _ => require(self.state().open, Errno::ENOTCONN)?,
         }
         match operation {
             Operation::Hello | Operation::Nop => done(0),

@@ -1,7 +1,7 @@
 //! One virtqueue of an active device: what request queues and the event queue do alike.
 //!
 //! Used by [`crate::device`] and [`crate::event`]. It pops descriptor chains, returns them and interrupts the guest; it
-//! never looks into a chain. A ring that makes no sense is left alone until the guest resets the device.
+//! never looks into a chain. A ring that makes no sense is left alone until the guest resets the device, which it is told.
 
 use crate::logging::guest_log;
 use crate::statistics::Counters;
@@ -24,6 +24,8 @@ pub(crate) struct Shared {
     pub(crate) memory: GuestMemoryAtomic<GuestMemoryMmap>,
     pub(crate) interrupt: Arc<dyn Interrupt>,
     pub(crate) counters: Arc<Counters>,
+    /// Set when the guest has broken a ring: the device needs a reset.
+    pub(crate) broken: Arc<AtomicBool>,
     /// Set at reset: guest memory is no longer the device's.
     pub(crate) closing: Arc<AtomicBool>,
     /// Set by the VMM that wants its threads back.
@@ -120,7 +122,8 @@ impl Virtqueue {
         })
     }
 
-    /// Leaves a queue alone whose ring makes no sense: its chains could never be told apart again.
+    /// Leaves a queue alone whose ring makes no sense: its chains could never be told apart again. The guest is told that the
+    /// device needs a reset (virtio 1.2, section 2.1.1).
     pub(crate) fn ignore(&self) {
         if !self.ignored.swap(true, Ordering::Relaxed) {
             self.counters().malformed.fetch_add(1, Ordering::Relaxed);
@@ -129,6 +132,10 @@ impl Virtqueue {
                 "queue {}: the guest has broken its ring, so it is ignored until the guest resets the device",
                 self.index
             );
+            self.shared.broken.store(true, Ordering::Release);
+            if !self.closing() {
+                self.shared.interrupt.signal_config();
+            }
         }
     }
 

@@ -190,6 +190,10 @@ impl Backend for GpuDevice {
         self.backend().notify(queue);
     }
 
+    fn needs_reset(&self) -> bool {
+        self.backend().needs_reset()
+    }
+
     fn reset(&mut self) {
         self.backend_mut().reset();
     }
@@ -235,6 +239,10 @@ impl Backend for Device {
 
     fn notify(&self, queue: u16) {
         self.notify(queue);
+    }
+
+    fn needs_reset(&self) -> bool {
+        self.needs_reset()
     }
 
     fn reset(&mut self) {

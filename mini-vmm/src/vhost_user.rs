@@ -561,6 +561,11 @@ impl Backend for FrontEnd {
         }
     }
 
+    /// A daemon has no way to say so; when it is gone, [`Guest::device_lost`] does.
+    fn needs_reset(&self) -> bool {
+        false
+    }
+
     fn reset(&mut self) {
         let Some((daemon, queues)) = self.running.take() else {
             return;

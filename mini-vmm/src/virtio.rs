@@ -54,6 +54,8 @@ pub trait Backend: Send + Sync {
     ) -> Result<(), String>;
     /// Queue `queue` of an active device was notified. Called from several threads at once.
     fn notify(&self, queue: u16);
+    /// Whether an active device has given up until the driver resets it. The device interrupts when it does.
+    fn needs_reset(&self) -> bool;
     /// Ends everything that `activate` and the driver started.
     fn reset(&mut self);
 }
@@ -220,6 +222,14 @@ impl<D: Backend> Virtio<D> {
         }
     }
 
+    /// The status as the driver reads it.
+    pub(crate) fn status(&self, registers: &Registers) -> u32 {
+        match self.device().needs_reset() {
+            true => registers.status | NEEDS_RESET,
+            false => registers.status,
+        }
+    }
+
     /// Status bits are only ever added; a write of zero takes them all back.
     pub(crate) fn write_status(&self, value: u32) {
         let mut registers = self.registers();
@@ -379,6 +389,7 @@ pub(crate) mod recorder {
         pub resets: u32,
         pub activations: Vec<(u64, Vec<Ring>)>,
         pub notified: Mutex<Vec<u16>>,
+        pub broken: AtomicBool,
     }
 
     impl Backend for Recorder {
@@ -424,8 +435,12 @@ pub(crate) mod recorder {
         fn notify(&self, queue: u16) {
             self.notified.lock().unwrap().push(queue);
         }
+        fn needs_reset(&self) -> bool {
+            self.broken.load(Ordering::SeqCst)
+        }
         fn reset(&mut self) {
             self.resets += 1;
+            self.broken.store(false, Ordering::SeqCst);
         }
     }
 }

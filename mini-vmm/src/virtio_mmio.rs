@@ -146,7 +146,7 @@ impl<D: Backend> VirtioMmio<D> {
             register::DEVICE_FEATURES => self.device_features(&registers),
             register::QUEUE_NUM_MAX => self.queue_max_size(&registers).into(),
             register::QUEUE_READY => registers.selected().is_some_and(|queue| queue.ready).into(),
-            register::STATUS => registers.status,
+            register::STATUS => self.status(&registers),
             // A region that does not exist has length and base of all ones (section 4.2.2.1).
             register::SHM_LEN_LOW => region.map_or(u32::MAX, |region| low(region.size)),
             register::SHM_LEN_HIGH => region.map_or(u32::MAX, |region| high(region.size)),
@@ -432,6 +432,24 @@ mod tests {
         assert_eq!(guest.event.read().unwrap(), 1);
         guest.write(QUEUE_NOTIFY, 0);
         assert!(guest.transport.device().notified.lock().unwrap().is_empty());
+    }
+
+    #[test]
+    fn a_device_that_gives_up_needs_a_reset_until_it_is_reset() {
+        let guest = Guest::new();
+        guest.start();
+        guest
+            .transport
+            .device()
+            .broken
+            .store(true, Ordering::SeqCst);
+        guest.transport.line.signal_config();
+        assert_eq!(guest.read(STATUS), READY_TO_GO | NEEDS_RESET);
+        assert_eq!(guest.read(INTERRUPT_STATUS), INTERRUPT_CONFIG);
+        guest.write(STATUS, 0);
+        assert_eq!(guest.read(STATUS), 0);
+        guest.start();
+        assert_eq!(guest.read(STATUS), READY_TO_GO);
     }
 
     #[test]

@@ -239,7 +239,7 @@ impl<D: Backend> VirtioPci<D> {
                 let queues = self.device().queue_max_sizes().len();
                 u32::try_from(queues).unwrap_or(0)
             }
-            (common::DEVICE_STATUS, 1) => registers.status,
+            (common::DEVICE_STATUS, 1) => self.status(&registers),
             (common::QUEUE_SELECT, 2) => registers.queue_sel,
             (common::QUEUE_SIZE, 2) => queue.map_or(0, |queue| queue.size),
             (common::QUEUE_MSIX_VECTOR, 2) => {

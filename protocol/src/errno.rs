@@ -47,6 +47,7 @@ errnos! {
     EPROTO = 71: "Protocol violation.",
     EOVERFLOW = 75: "Value too large.",
     EOPNOTSUPP = 95: "Not supported by this host.",
+    ENOTCONN = 107: "No session: no hello was said yet, or the session is lost.",
     ETIMEDOUT = 110: "Timed out.",
     ECANCELED = 125: "The GPU was reset and dropped this work.",
     E2BIG = 7: "Argument list too long.",

@@ -14,6 +14,7 @@ const MESSAGE_MAX: usize = 4 << 20;
 /// One call's way to the device. A slot's number is the address of its `struct pvgpu_message`. All requests of a call go
 /// through one queue, so that a host begins the first before the one that cancels it.
 pub struct Call {
+    device: *mut Device,
     queue: *mut Queue,
     patience: Patience,
 }
@@ -27,7 +28,11 @@ impl Call {
     pub unsafe fn new(device: *mut Device, patience: Patience) -> Self {
         // SAFETY: the device is alive.
         let queue = unsafe { kernel::pvgpu_queue_here(device) };
-        Self { queue, patience }
+        Self {
+            device,
+            queue,
+            patience,
+        }
     }
 }
 
@@ -71,9 +76,15 @@ impl Channel for Call {
     }
 
     fn submit(&mut self, slot: &Slot, length: usize) -> Result<(), Errno> {
-        // SAFETY: the message and the queue are alive, this is process context.
+        // SAFETY: the message, the device and the queue are alive, this is process context.
         result(unsafe {
-            kernel::pvgpu_message_submit(message(slot), self.queue, length, self.patience)
+            kernel::pvgpu_message_submit(
+                message(slot),
+                self.device,
+                self.queue,
+                length,
+                self.patience,
+            )
         })
         .map(drop)
     }

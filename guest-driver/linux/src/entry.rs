@@ -54,7 +54,6 @@ unsafe fn session<'a>(
 pub struct Identity {
     name: [c_char; 33],
     version: [c_int; 3],
-    aperture: u64,
     pages: bool,
 }
 
@@ -70,7 +69,7 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
     error: &mut c_int,
 ) -> *mut Shared {
     // SAFETY: the caller's promise.
-    let session = match Session::connect(unsafe { Call::new(device, Patience::Killable) }, "linux")
+    let session = match Session::connect(unsafe { Call::new(device, Patience::Hello) }, "linux")
     {
         Ok(session) => session,
         Err(errno) => {
@@ -84,7 +83,6 @@ pub unsafe extern "C" fn pvgpu_rust_connect(
         *to = from.cast_signed();
     }
     identity.version = host.driver_version;
-    identity.aperture = host.aperture;
     identity.pages = host.maps_pages;
     // SAFETY: room for a `Shared`, aligned to 16 bytes, or null; zeroed, which is what an empty `Constants` is.
     unsafe {
@@ -305,6 +303,18 @@ pub unsafe extern "C" fn pvgpu_rust_watch(
     // SAFETY: the caller's promise.
     let mut session = unsafe { session(device, host, Patience::Killable) };
     number(session.watch(id, ObjectId(object), events).map(positive))
+}
+
+/// Asks the host whether it knows the session, if there is room for that. Nobody waits for the answer: `driver.c` sees it.
+///
+/// # Safety
+///
+/// As for `session`.
+#[unsafe(no_mangle)]
+pub unsafe extern "C" fn pvgpu_rust_ask(device: *mut Device, host: *const Shared) -> c_int {
+    // SAFETY: the caller's promise.
+    let mut session = unsafe { session(device, host, Patience::AtOnce) };
+    number(session.ask().map(|()| 0))
 }
 
 /// Cancels a request that waits.

@@ -5,7 +5,7 @@
 
 use core::ffi::c_int;
 
-/// `struct pvgpu`: one device. It outlives every call that names it.
+/// `struct pvgpu_session`: one session with the device, which it leads to. It outlives every call that names it.
 #[repr(C)]
 pub struct Device {
     _opaque: [u8; 0],
@@ -27,6 +27,10 @@ pub enum Patience {
     Killable,
     /// No signal, but some seconds: for what the host has promised to end soon.
     SoonOnly,
+    /// A fatal signal, or some seconds, or a device that needs a reset: for a hello.
+    Hello,
+    /// There is no wait: the request is for whom its answer wakes.
+    AtOnce,
 }
 
 /// `struct pvgpu_object`: an object that an ioctl gave.
@@ -85,9 +89,10 @@ unsafe extern "C" {
     /// Bytes of response that the device has written; 0 until the message is complete.
     pub fn pvgpu_message_written(message: *const Message) -> usize;
     /// Queues the first `length` bytes of the request, once, and waits for room if there is none: 0, `-EINTR`, `-ENOMEM`,
-    /// `-ENODEV`, or `-EIO` when `SoonOnly` was too short.
+    /// `-ENODEV` when the session has ended, `-ENOSPC` with `AtOnce`, or `-EIO` when `SoonOnly` was too short.
     pub fn pvgpu_message_submit(
         message: *mut Message,
+        device: *mut Device,
         queue: *mut Queue,
         length: usize,
         patience: Patience,

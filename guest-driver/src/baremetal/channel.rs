@@ -18,7 +18,7 @@ use super::queue::{MESSAGE_MAX, Platform, QUEUE_SIZE, RequestQueue};
 const FEATURES: Feature = Feature::VERSION_1.union(Feature::RING_EVENT_IDX);
 /// The request queue that it uses: the machine has one processor.
 const REQUEST_QUEUE: u16 = 0;
-/// How often a wait looks whether the device is still alive.
+/// How long a wait takes before it looks whether the device is still alive, and lets the session ask the proxy.
 const ALIVE_CHECK_NS: u64 = 1_000_000_000;
 /// Looks at the queue between two looks at the clock while polling.
 const POLLS_PER_CLOCK: u32 = 1024;
@@ -97,6 +97,8 @@ pub struct VirtioChannel<'a, P: Platform> {
     aperture: Option<SharedMemory>,
     request_queues: u16,
     doorbells: u64,
+    /// Whether the device has said that it is gone.
+    gone: bool,
 }
 
 impl<'a, P: Platform> VirtioChannel<'a, P> {
@@ -135,6 +137,7 @@ impl<'a, P: Platform> VirtioChannel<'a, P> {
             aperture,
             request_queues: config.request_queues.get(),
             doorbells: 0,
+            gone: false,
         };
         channel.set_wait(wait);
         channel.transport.finish_init();
@@ -162,14 +165,14 @@ impl<'a, P: Platform> VirtioChannel<'a, P> {
         self.doorbells
     }
 
-    fn check_alive(&self) -> Result<(), Errno> {
+    fn check_alive(&mut self) -> Result<(), Errno> {
         let status = self.transport.get_status();
-        if status.contains(DeviceStatus::DEVICE_NEEDS_RESET)
-            || !status.contains(DeviceStatus::DRIVER_OK)
-        {
-            return Err(Errno::ENODEV);
+        self.gone = status.contains(DeviceStatus::DEVICE_NEEDS_RESET)
+            || !status.contains(DeviceStatus::DRIVER_OK);
+        match self.gone {
+            true => Err(Errno::ENODEV),
+            false => Ok(()),
         }
-        Ok(())
     }
 
     /// Looks at the queue until the response is there.
@@ -191,13 +194,14 @@ impl<'a, P: Platform> VirtioChannel<'a, P> {
             let now = P::now_ns();
             if now >= *check.get_or_insert(now + ALIVE_CHECK_NS) {
                 self.check_alive()?;
-                check = Some(now + ALIVE_CHECK_NS);
+                return Err(Errno::ETIMEDOUT);
             }
         }
     }
 
     /// Sleeps until the response is there.
     fn sleep_until_complete(&mut self, slot: u16) -> Result<(), Errno> {
+        let mut check = None;
         loop {
             let interrupts = P::interrupts();
             self.queue.take();
@@ -210,11 +214,15 @@ impl<'a, P: Platform> VirtioChannel<'a, P> {
             if !self.queue.wants_interrupt() {
                 continue;
             }
-            P::sleep(interrupts, ALIVE_CHECK_NS);
-            if P::interrupts() == interrupts {
+            let now = P::now_ns();
+            let check = *check.get_or_insert(now + ALIVE_CHECK_NS);
+            if now >= check {
                 self.check_alive()?;
-            } else {
-                self.transport.acknowledge_used();
+                return Err(Errno::ETIMEDOUT);
+            }
+            P::sleep(interrupts, check - now);
+            if P::interrupts() != interrupts {
+                self.transport.acknowledge();
             }
         }
     }
@@ -231,6 +239,9 @@ impl<P: Platform> Channel for VirtioChannel<'_, P> {
     }
 
     fn begin(&mut self, request: usize, response: usize) -> Result<Slot, Errno> {
+        if self.gone {
+            return Err(Errno::ENODEV);
+        }
         let slot = match self.queue.begin(request, response) {
             Err(Errno::EAGAIN) => {
                 // Slots that were ended in flight may have come back.
@@ -369,6 +380,8 @@ mod tests {
         assert_eq!(channel.check_alive(), Ok(()));
         let broken = channel.transport.get_status() | DeviceStatus::DEVICE_NEEDS_RESET;
         channel.transport.set_status(broken);
+        assert_eq!(channel.begin(16, 16), Ok(Slot(0)));
         assert_eq!(channel.check_alive(), Err(Errno::ENODEV));
+        assert_eq!(channel.begin(16, 16), Err(Errno::ENODEV));
     }
 }

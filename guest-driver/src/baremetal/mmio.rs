@@ -174,10 +174,9 @@ impl<'a> MmioTransport<'a> {
             .then_some(SharedMemory { address, size })
     }
 
-    /// Acknowledges "a buffer was used" without asking whether that was the interrupt's cause: one exit instead of two.
-    pub fn acknowledge_used(&mut self) {
-        field!(self.registers, interrupt_acknowledge)
-            .write(InterruptStatus::QUEUE_INTERRUPT.bits());
+    /// Acknowledges both causes without asking which it was: one exit instead of two.
+    pub fn acknowledge(&mut self) {
+        field!(self.registers, interrupt_acknowledge).write(InterruptStatus::all().bits());
     }
 }
 

@@ -264,7 +264,7 @@ impl Gpu {
 }
 
 /// Submits, to the soft GPU, commands that never end; it resets itself after some seconds.
-fn hang(node: &mut Node) -> Result<OwnedFd, Failure> {
+pub fn hang(node: &mut Node) -> Result<OwnedFd, Failure> {
     let mut room = [0; 64];
     let mut stream = soft::Stream::new(&mut room);
     let hang = soft::Hang::default();

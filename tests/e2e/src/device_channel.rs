@@ -218,7 +218,7 @@ impl Channel for DeviceChannel<'_> {
         let deadline = Instant::now() + PATIENCE;
         while !self.is_complete(slot) {
             if Instant::now() >= deadline {
-                return Err(Errno::ETIMEDOUT);
+                return Err(Errno::EIO);
             }
             std::thread::yield_now();
         }

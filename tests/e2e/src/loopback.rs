@@ -14,6 +14,8 @@ use std::time::{Duration, Instant};
 
 /// Most bytes of a message: more than any session's limit, so that the session's own check is tested.
 const MESSAGE_MAX: usize = 64 << 20;
+/// How long a wait for what a restarted proxy may have lost takes before the session is told.
+const LONG: Duration = Duration::from_millis(10);
 /// How long a response may take before the test has failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 
@@ -23,6 +25,7 @@ pub struct Loopback {
     slots: Vec<Option<Message>>,
     start: Instant,
     interrupted: bool,
+    restarted: bool,
     events: Receiver<Pending>,
     submitted: u64,
 }
@@ -59,6 +62,7 @@ impl Loopback {
             slots: Vec::new(),
             start: Instant::now(),
             interrupted: false,
+            restarted: false,
             events,
             submitted: 0,
         }
@@ -78,6 +82,16 @@ impl Loopback {
     /// Interrupts the next wait, as a signal does.
     pub fn interrupt_next_wait(&mut self) {
         self.interrupted = true;
+    }
+
+    /// From now on `session` has the requests, and the answers to those in flight are lost: what a front end does that outlives
+    /// its back end and does not tell the guest.
+    pub fn restart(&mut self, session: Session) {
+        for message in self.slots.iter_mut().flatten() {
+            message.arrives = channel();
+        }
+        self.session = session;
+        self.restarted = true;
     }
 
     /// Requests that it has carried so far.
@@ -176,11 +190,15 @@ impl Channel for Loopback {
         if std::mem::take(&mut self.interrupted) {
             return Err(Errno::EINTR);
         }
+        let (patience, late) = match self.restarted {
+            true => (LONG, Errno::ETIMEDOUT),
+            false => (PATIENCE, Errno::EIO),
+        };
         let message = self.message(slot);
         if message.response.is_none() {
-            message.response = message.arrives.1.recv_timeout(PATIENCE).ok();
+            message.response = message.arrives.1.recv_timeout(patience).ok();
         }
-        message.response.as_ref().map(drop).ok_or(Errno::ETIMEDOUT)
+        message.response.as_ref().map(drop).ok_or(late)
     }
 
     fn response(&self, slot: &Slot) -> &[u8] {

@@ -194,7 +194,7 @@ fn interrupt(driver: &Arc<dyn HostDriver>) -> std::io::Result<()> {
                 perform(&poll_request(id + 2000, file, 0));
                 perform(&message(Operation::Close, file, id, &[]));
                 begin.send(()).unwrap_or(());
-                if file == -Errno::ENODEV.number() || file == -Errno::EPROTO.number() {
+                if file == -Errno::ENODEV.number() || file == -Errno::ENOTCONN.number() {
                     break;
                 }
             }

@@ -18,6 +18,7 @@ mod mesa;
 mod mini_vmm;
 mod pictures;
 mod proxy;
+mod recovery;
 mod requests;
 mod sandbox;
 mod semantics;
@@ -56,6 +57,7 @@ pub fn tests() -> Vec<&'static Test> {
         descriptors::TESTS,
         vhost_user::TESTS,
         semantics::TESTS,
+        recovery::TESTS,
         mesa::TESTS,
     ]
     .into_iter()

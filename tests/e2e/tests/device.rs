@@ -36,16 +36,21 @@ const WRITE: u16 = 2;
 const NEXT: u16 = 1;
 const VERSION_1: u64 = 1 << 32;
 const EVENT_IDX: u64 = 1 << 29;
+/// The answer to what comes before a hello.
+const NO_HELLO: i32 = -Errno::ENOTCONN.number();
 
+/// Interrupts of the two queues, then those that say that the status has changed.
 #[derive(Default)]
-struct Interrupts(AtomicUsize, AtomicUsize);
+struct Interrupts(AtomicUsize, AtomicUsize, AtomicUsize);
 
 impl Interrupt for Interrupts {
     fn signal_queue(&self, queue: u16) {
         [&self.0, &self.1][usize::from(queue)].fetch_add(1, Ordering::SeqCst);
     }
 
-    fn signal_config(&self) {}
+    fn signal_config(&self) {
+        self.2.fetch_add(1, Ordering::SeqCst);
+    }
 }
 
 struct Machine {
@@ -391,7 +396,7 @@ fn broken_chains_are_returned_empty_and_harm_nothing() {
     assert!(machine.record.calls().is_empty());
     machine.submit(Operation::Nop, 0, &[]);
     machine.ring();
-    assert_eq!((machine.used(), machine.result(7)), (8, 0));
+    assert_eq!((machine.used(), machine.result(7)), (8, NO_HELLO));
 }
 
 #[test]
@@ -409,7 +414,7 @@ fn a_response_without_memory_behind_it_is_lost_and_the_device_goes_on() {
     machine.submit_chain(&[(BUFFERS, 16, false), (MEMORY as u64 - 8, 64, true)]);
     machine.submit(Operation::Nop, 0, &[]);
     machine.ring();
-    assert_eq!((machine.used(), machine.result(1)), (2, 0));
+    assert_eq!((machine.used(), machine.result(1)), (2, NO_HELLO));
 }
 
 #[test]
@@ -444,6 +449,53 @@ fn what_was_counted_outlives_the_session() {
     let statistics = machine.device.statistics();
     assert!(statistics.operations.contains(&("hello", 1)));
     assert_eq!(statistics.completed, 1);
+}
+
+#[test]
+fn a_guest_that_breaks_its_ring_is_told_once_to_reset_the_device() {
+    let mut machine = Machine::new(Doorbell::Inline);
+    machine.hello();
+    assert_eq!(machine.last_result(), 0);
+    assert!(!machine.device.needs_reset());
+    machine.store(AVAILABLE + 2, QUEUE_SIZE + 2);
+    machine.ring();
+    machine.ring();
+    assert!(machine.device.needs_reset());
+    assert_eq!(machine.interrupts.2.load(Ordering::SeqCst), 1);
+    machine.device.reset();
+    assert!(!machine.device.needs_reset());
+    machine.activate(VERSION_1).unwrap();
+    assert!(!machine.device.needs_reset());
+}
+
+/// What a front end does that outlives its back end and does not tell the guest: the new one goes on with the same rings,
+/// where the old one's requests are lost.
+#[test]
+fn a_session_that_was_lost_answers_that_to_everything_until_a_hello() {
+    let mut machine = Machine::new(Doorbell::Inline);
+    machine.hello();
+    machine.open();
+    machine.ring();
+    machine.wait_for_ever(1);
+    machine.ring();
+    assert_eq!(machine.used(), 2);
+    machine.device.reset();
+    let mut queue = queue_at(0, true);
+    queue.set_next_avail(machine.submitted);
+    queue.set_next_used(machine.used());
+    let interrupts = Arc::clone(&machine.interrupts) as Arc<dyn Interrupt>;
+    let queues = vec![queue, queue_at(EVENT_QUEUE, false)];
+    let memory = machine.memory.clone();
+    let device = &mut machine.device;
+    device
+        .activate(memory, VERSION_1, queues, interrupts)
+        .unwrap();
+    machine.submit(Operation::Nop, 0, &[]);
+    machine.submit(Operation::Close, 1, &[]);
+    machine.ring();
+    assert_eq!(machine.used(), 4, "the poll's answer is lost");
+    assert_eq!([machine.result(3), machine.result(4)], [NO_HELLO, NO_HELLO]);
+    assert!(!machine.device.needs_reset(), "the guest did nothing wrong");
 }
 
 #[test]
@@ -700,6 +752,8 @@ fn a_broken_event_queue_is_ignored_and_requests_go_on() {
     machine.ring_for_events();
     machine.ring_for_events();
     assert_eq!(malformed(), 1);
+    assert!(machine.device.needs_reset());
+    assert_eq!(machine.interrupts.2.load(Ordering::SeqCst), 1);
     machine.submit(Operation::Nop, 0, &[]);
     assert_eq!(machine.last_result(), 0);
     machine.device.reset();

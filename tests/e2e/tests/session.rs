@@ -11,6 +11,7 @@ use pvgpu_host_proxy::limit::Limit;
 use pvgpu_host_proxy::session::Session as HostSession;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::{Errno, Limits};
+use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::family::core::{self, GemClose, PrimeFdToHandle, PrimeHandleToFd};
 use pvgpu_protocol::family::soft::{self, Hang, Stream, Submit};
 use pvgpu_protocol::family::vgem;
@@ -644,9 +645,82 @@ fn nothing_works_before_the_hello() {
     let mut channel = Loopback::new(host);
     let header = RequestHeader::new(Operation::Open, 0, 1);
     let request = [header.as_bytes(), OpenRequest::new_zeroed().as_bytes()].concat();
-    let response = channel.raw(&request, 64);
-    let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
-    assert_eq!(header.result.get(), -Errno::EPROTO.number());
+    let nop = RequestHeader::new(Operation::Nop, 0, 2);
+    for request in [&request, nop.as_bytes()] {
+        let response = channel.raw(request, 64);
+        let (header, _) = ResponseHeader::read_from_prefix(&response).unwrap();
+        assert_eq!(header.result.get(), -Errno::ENOTCONN.number());
+    }
+}
+
+fn another_host() -> HostSession {
+    HostSession::new(Arc::new(Recording::default()), None, Limits::default())
+}
+
+#[test]
+fn a_guest_hears_that_a_restarted_proxy_has_lost_its_session_whatever_it_asks() {
+    let mut guest = Guest::new();
+    let (record, file) = (Arc::clone(&guest.record), guest.file);
+    guest.session.channel().restart(another_host());
+    assert_eq!(record.open(), 0, "the old proxy's end has closed the file");
+    let mut wait = Wait::default();
+    let gone = Err(Errno::ENODEV);
+    assert_eq!(guest.ioctl(virtio_gpu::WAIT, &mut wait), gone);
+    assert_eq!(guest.session.nop(), Err(Errno::ENODEV));
+    assert_eq!(guest.session.open(open::RDWR), Err(Errno::ENODEV));
+    assert_eq!(guest.session.close(file), Err(Errno::ENODEV));
+}
+
+#[test]
+fn a_request_that_a_restarted_proxy_has_never_seen_ends_and_does_not_wait_for_ever() {
+    let mut guest = Guest::new();
+    let file = guest.file;
+    let mut wait = Wait {
+        handle: guest.create(4096).unwrap(),
+        ..Default::default()
+    };
+    let address = &raw mut wait as u64;
+    let session = &mut guest.session;
+    let pending = session
+        .start_ioctl(file, virtio_gpu::WAIT, address, &guest.caller)
+        .unwrap();
+    session.channel().restart(another_host());
+    assert_eq!(session.wait(&pending.request), Err(Errno::ENODEV));
+}
+
+#[test]
+fn a_request_that_takes_long_is_waited_for_as_long_as_the_proxy_knows_the_session() {
+    let mut guest = Guest::new();
+    let file = guest.file;
+    // The same proxy goes on, but the guest looks every 10 ms whether it does.
+    let driver = GateDriver::default();
+    let gate = driver.gate();
+    let host = HostSession::new(Arc::new(driver), None, Limits::default());
+    guest.session.channel().restart(host);
+    let hello = |channel: &mut Loopback| {
+        let mut record = [0; 64];
+        let length = control::encode(&Hello::new("test"), &mut record).unwrap();
+        let header = RequestHeader::new(Operation::Hello, 0, 1);
+        let request = [header.as_bytes(), &record[..length]].concat();
+        channel.raw(&request, 4096);
+    };
+    hello(guest.session.channel());
+    assert_eq!(guest.session.open(open::RDWR), Ok(file));
+    let opener = std::thread::spawn(move || {
+        let start = Instant::now();
+        while gate.waiting() == 0 {
+            assert!(start.elapsed() < Duration::from_secs(30), "nobody waits");
+            std::thread::yield_now();
+        }
+        std::thread::sleep(Duration::from_millis(300));
+        gate.set(1);
+    });
+    let before = guest.session.channel().submitted();
+    assert_eq!(guest.session.poll(file, 1, -1), Ok(1));
+    opener.join().unwrap();
+    let questions = guest.session.channel().submitted() - before - 1;
+    assert!((2..=40).contains(&questions), "{questions} questions");
+    assert_eq!(guest.session.channel().slots_taken(), 0);
 }
 
 #[test]

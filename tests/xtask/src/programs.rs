@@ -61,6 +61,12 @@ pub const NODE_SEMANTICS: Program = Program {
     package: "pvgpu-e2e",
     how: RELEASE,
 };
+/// Sees the GPU behind a DRM node go and come back.
+pub const NODE_RECOVERY: Program = Program {
+    name: "node-recovery",
+    package: "pvgpu-e2e",
+    how: RELEASE,
+};
 /// Draws OpenGL ES scenes on a DRM node by the system's Mesa.
 pub const GLES: Program = Program {
     name: "gles",

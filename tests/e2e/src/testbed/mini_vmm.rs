@@ -135,6 +135,11 @@ impl Running {
         Ok(())
     }
 
+    /// Whether mini-vmm has ended.
+    pub fn has_ended(&mut self) -> Result<bool, Failure> {
+        Ok(self.process.try_wait()?.is_some())
+    }
+
     /// Waits for the end; mini-vmm is killed after `limit`, which is a failure.
     pub fn wait(mut self, limit: Duration) -> Result<Ended, Failure> {
         let deadline = Instant::now() + limit;

@@ -6,16 +6,26 @@ use alloc::rc::Rc;
 use alloc::string::{String, ToString};
 use core::cell::RefCell;
 
-use pvgpu_scenarios::{soft, vgem, virtio_gpu};
+use pvgpu_guest_driver::baremetal::SharedMemory;
+use pvgpu_scenarios::{Picture, Report, soft, vgem, virtio_gpu};
 
 use crate::device_file::GuestFile;
+use crate::gpu::GuestSession;
 use crate::machine::Machine;
 use crate::{gpu, println};
 
 /// Runs the scenario.
 pub fn run(machine: &Machine) -> Result<(), String> {
     let (session, aperture) = gpu::connect(machine)?;
-    let driver = session.host().driver;
+    draw(machine, session, aperture)
+}
+
+/// Draws in that session.
+pub fn draw(
+    machine: &Machine,
+    session: GuestSession,
+    aperture: Option<SharedMemory>,
+) -> Result<(), String> {
     let session = Rc::new(RefCell::new(session));
     let mut file = GuestFile::open(&session, aperture).map_err(|errno| format!("open: {errno}"))?;
     let mut report = |step: &'static str, nanoseconds: u64| {
@@ -25,13 +35,8 @@ pub fn run(machine: &Machine) -> Result<(), String> {
             nanoseconds % 1000
         );
     };
-    let picture = match driver.as_str() {
-        "soft" => soft::draw(&mut file, &mut report),
-        "vgem" => vgem::draw(&mut file, &mut report),
-        "virtio_gpu" => virtio_gpu::draw(&mut file, &mut report),
-        other => return Err(format!("nothing to draw with the host driver {other}")),
-    }
-    .map_err(|failure| failure.to_string())?;
+    let driver = session.borrow().host().driver;
+    let picture = picture(&driver, &mut file, &mut report)?;
     println!(
         "picture {}x{}, fingerprint {:#018x}, {} doorbells",
         picture.width,
@@ -45,4 +50,19 @@ pub fn run(machine: &Machine) -> Result<(), String> {
     debug.dump(&picture.rgba).map_err(|errno| {
         format!("the VMM did not take the picture: errno {errno} (run it with --dump FILE)")
     })
+}
+
+/// The picture of that host driver's scenario.
+pub fn picture(
+    driver: &str,
+    file: &mut GuestFile,
+    report: &mut impl Report,
+) -> Result<Picture, String> {
+    match driver {
+        "soft" => soft::draw(file, report),
+        "vgem" => vgem::draw(file, report),
+        "virtio_gpu" => virtio_gpu::draw(file, report),
+        other => return Err(format!("nothing to draw with the host driver {other}")),
+    }
+    .map_err(|failure| failure.to_string())
 }

@@ -13,6 +13,7 @@ mod fuzz;
 mod hello;
 mod interrupts;
 mod memory;
+mod recover;
 mod selftest;
 
 /// Something to do.
@@ -47,6 +48,11 @@ pub const ALL: &[Scenario] = &[
         name: "draw",
         about: "draws a picture on the GPU and dumps it",
         run: draw::run,
+    },
+    Scenario {
+        name: "recover",
+        about: "loses its session losses= times, then draws",
+        run: recover::run,
     },
     Scenario {
         name: "selftest",

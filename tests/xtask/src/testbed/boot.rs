@@ -20,6 +20,7 @@ const GUEST_PROGRAMS: &[Program] = &[
     programs::LINUX_DEMO_GUEST,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
+    programs::NODE_RECOVERY,
     programs::NODE_SEMANTICS,
     programs::GLES,
 ];
@@ -31,6 +32,7 @@ pub const PROGRAMS: &[Program] = &[
     programs::LINUX_DEMO_GUEST,
     programs::NATIVE,
     programs::NODE_DESCRIPTORS,
+    programs::NODE_RECOVERY,
     programs::NODE_SEMANTICS,
     programs::GLES,
 ];
