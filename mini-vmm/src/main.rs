@@ -275,7 +275,7 @@ fn open_trace(options: &Run) -> Result<Option<File>, String> {
         return Ok(None);
     };
     if !matches!(options.gpu, GpuChoice::Host(_)) {
-        return Err("--trace records requests of a GPU in this process, but there is none: leave it out or choose another --gpu".into());
+        return Err("--trace records the requests of a GPU in this process, but there is no GPU here: leave it out or choose another --gpu".into());
     }
     let file = File::create(path).map_err(|error| {
         format!(
