@@ -166,7 +166,7 @@ impl Shadow {
             let Buffers { file, bytes, runs } = &mut *buffers;
             let bytes = bytes.get_mut(..twin.len()).unwrap_or_default();
             // What the guest has no memory for any more it has not written.
-            if self.read_guest(start, bytes) {
+            if self.read_guest(start, bytes) && bytes != twin {
                 differences(bytes, twin, runs);
                 let mut packed = 0;
                 for run in &*runs {
@@ -209,18 +209,18 @@ impl Shadow {
                 gone = true;
                 break;
             }
-            match all {
-                true => {
-                    runs.clear();
-                    runs.push(0..bytes.len());
+            if all {
+                self.write_guest(start, bytes);
+            } else {
+                differences(bytes, twin, runs);
+                for run in &*runs {
+                    let written = bytes.get(run.clone()).unwrap_or_default();
+                    self.write_guest(start + run.start, written);
                 }
-                false => differences(bytes, twin, runs),
             }
-            for run in &*runs {
-                let written = bytes.get(run.clone()).unwrap_or_default();
-                self.write_guest(start + run.start, written);
+            if all || !runs.is_empty() {
+                twin.copy_from_slice(bytes);
             }
-            twin.copy_from_slice(bytes);
             start += twin.len();
         }
         self.notice_loss(&mut copies, gone);

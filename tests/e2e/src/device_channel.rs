@@ -31,6 +31,8 @@ const USED: u64 = 0x2000;
 const EVENT_QUEUE: u64 = 0x4000;
 /// Where the event queue's one buffer lies: events beyond it are kept by the device.
 const EVENT: u64 = 0x8000;
+/// Pages that the channel does not use, up to the slots.
+pub const SPARE: u64 = 0xc000;
 /// Where the slots begin: of each the request, then the response.
 const MESSAGES: u64 = 0x1_0000;
 const MEMORY: usize = MESSAGES as usize + SLOTS as usize * MESSAGE * 2;
@@ -59,12 +61,22 @@ impl Interrupt for Ignored {
 impl DeviceHost {
     /// A device with one request queue that is not active yet.
     pub fn new(driver: Arc<dyn HostDriver>, config: DeviceConfig) -> io::Result<Self> {
+        Self::with_aperture(driver, config, true)
+    }
+
+    /// As [`DeviceHost::new`], with or without an aperture.
+    pub fn with_aperture(
+        driver: Arc<dyn HostDriver>,
+        config: DeviceConfig,
+        aperture: bool,
+    ) -> io::Result<Self> {
         let config = DeviceConfig {
             queue_size: QUEUE_SIZE,
             request_queues: 1,
             ..config
         };
-        let device = Device::new(driver, Some(Aperture::reserve(APERTURE)?), config)?;
+        let aperture = aperture.then(|| Aperture::reserve(APERTURE)).transpose()?;
+        let device = Device::new(driver, aperture, config)?;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]);
         let memory = GuestMemoryAtomic::new(memory.map_err(io::Error::other)?);
         Ok(Self { device, memory })

@@ -2,11 +2,11 @@
 //! which end the session there and look for what is left.
 #![allow(unsafe_code)]
 
-use crate::device_channel::DeviceHost;
+use crate::device_channel::{DeviceHost, SPARE};
 use crate::loopback::Loopback;
 use pvgpu_guest_driver::channel::Channel;
 use pvgpu_guest_driver::flat::Flat;
-use pvgpu_guest_driver::session::{ObjectId, Session};
+use pvgpu_guest_driver::session::{Mapping, ObjectId, Session};
 use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
@@ -25,10 +25,11 @@ use pvgpu_protocol::family::soft::{
     Rectangle, SUBMIT_FENCE_FD_OUT, Stream, Submit, Surface, Wait, param,
 };
 use pvgpu_protocol::wire::{
-    OpenRequest, Operation, PollRequest, ReadRequest, RequestHeader, open, protection,
+    OpenRequest, Operation, PageRange, PollRequest, ReadRequest, RequestHeader, open, protection,
 };
 use std::sync::{Arc, mpsc};
 use std::time::Duration;
+use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::{FromBytes, IntoBytes};
 
 /// How far a guest gets before its session ends.
@@ -46,6 +47,8 @@ pub enum State {
     Syncobjs,
     /// It has mapped buffers into the aperture, and unmapped one.
     Mapped,
+    /// As [`State::Mapped`], with pages of its own, since it has no aperture.
+    MappedPages,
     /// It has exported a dma-buf, a sync file and a syncobj, and imported them into another file.
     Exported,
     /// Commands of its are executed.
@@ -74,6 +77,7 @@ pub const STATES: &[State] = &[
     State::Buffers,
     State::Syncobjs,
     State::Mapped,
+    State::MappedPages,
     State::Exported,
     State::Running,
     State::Hung,
@@ -144,13 +148,22 @@ pub fn open_and_end(driver: &Arc<dyn HostDriver>, state: State, end: End) -> Res
             poll: Duration::from_micros(10),
             ..DeviceConfig::default()
         };
-        DeviceHost::new(Arc::clone(driver), config).map_err(|error| error.to_string())
+        let aperture = state != State::MappedPages;
+        let device = DeviceHost::with_aperture(Arc::clone(driver), config, aperture);
+        device.map_err(|error| error.to_string())
     };
     let activate_and_reach = |device: &mut DeviceHost| {
         let channel = device.activate().map_err(|error| error.to_string())?;
         reached(reach(state, channel))
     };
     match end {
+        End::Dropped if state == State::MappedPages => {
+            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);
+            let memory = GuestMemoryAtomic::new(memory.map_err(|error| error.to_string())?);
+            let session = HostSession::without_aperture(Arc::clone(driver), memory, LIMITS, None);
+            let session = session.map_err(|error| error.to_string())?;
+            reached(reach(state, Loopback::new(session)))
+        }
         End::Dropped => {
             let aperture = Aperture::reserve(1 << 20).map_err(|error| error.to_string())?;
             let driver = Arc::clone(driver);
@@ -268,7 +281,7 @@ fn reach<C: Channel>(state: State, channel: C) -> Result<(), Errno> {
         State::Files => guest.files(),
         State::Buffers => guest.buffers(),
         State::Syncobjs => guest.syncobjs(),
-        State::Mapped => guest.mapped(),
+        State::Mapped | State::MappedPages => guest.mapped(),
         State::Exported => guest.exported(),
         State::Running => guest.running(),
         State::Hung => guest.hung().map(drop),
@@ -367,9 +380,20 @@ impl<C: Channel> Guest<C> {
     fn map(&mut self, handle: u32, length: u64) -> Result<(), Errno> {
         let offset = self.map_offset(handle)?;
         let access = protection::READ | protection::WRITE;
+        self.map_at(offset, length, access).map(drop)
+    }
+
+    /// Maps into the aperture, or with pages of a device's guest that nothing else uses.
+    fn map_at(&mut self, offset: u64, length: u64, access: u32) -> Result<Mapping, Errno> {
+        if !self.session.host().maps_pages {
+            return self.session.map(self.file, offset, length, access);
+        }
+        let pages = PageRange {
+            address: SPARE.into(),
+            length: length.into(),
+        };
         self.session
-            .map(self.file, offset, length, access)
-            .map(drop)
+            .map_pages(self.file, offset, length, access, &[pages])
     }
 
     /// Submits one command, which may use one buffer; gives the submission with its fence's file descriptor.
@@ -428,9 +452,7 @@ impl<C: Channel> Guest<C> {
         self.ioctl(self.file, GEM_CLOSE, GemClose { handle, pad: 0 })?;
         let handle = self.buffer(4096)?;
         let offset = self.map_offset(handle)?;
-        let unmapped = self
-            .session
-            .map(self.file, offset, 4096, protection::READ)?;
+        let unmapped = self.map_at(offset, 4096, protection::READ)?;
         self.session.unmap(unmapped)
     }
 

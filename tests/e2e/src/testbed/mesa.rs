@@ -36,19 +36,11 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "piglit_passes_in_a_linux_6_1_guest_as_it_does_natively",
-        run: || piglit("6.1", &[]),
-    },
-    Test {
-        name: "piglit_passes_in_a_linux_6_1_guest_without_an_aperture_as_it_does_natively",
-        run: || piglit("6.1", NO_APERTURE),
+        run: || piglit("6.1"),
     },
     Test {
         name: "piglit_passes_in_a_linux_6_12_guest_as_it_does_natively",
-        run: || piglit("6.12", &[]),
-    },
-    Test {
-        name: "piglit_passes_in_a_linux_6_12_guest_without_an_aperture_as_it_does_natively",
-        run: || piglit("6.12", NO_APERTURE),
+        run: || piglit("6.12"),
     },
     Test {
         name: "gles_draws_in_a_linux_6_1_guest_frame_for_frame_what_it_draws_natively",
@@ -68,27 +60,19 @@ pub const TESTS: &[Test] = &[
     },
     Test {
         name: "four_gles_at_once_in_a_linux_6_1_guest_draw_what_one_draws_natively",
-        run: || four_at_once("6.1", &[]),
-    },
-    Test {
-        name: "four_gles_at_once_in_a_linux_6_1_guest_without_an_aperture_draw_what_one_draws_natively",
-        run: || four_at_once("6.1", NO_APERTURE),
+        run: || four_at_once("6.1"),
     },
     Test {
         name: "four_gles_at_once_in_a_linux_6_12_guest_draw_what_one_draws_natively",
-        run: || four_at_once("6.12", &[]),
+        run: || four_at_once("6.12"),
     },
     Test {
         name: "gles_killed_fifty_times_in_a_linux_6_1_guest_leaves_nothing_behind_in_the_host",
-        run: || killed("6.1", &[]),
-    },
-    Test {
-        name: "gles_killed_fifty_times_in_a_linux_6_1_guest_without_an_aperture_leaves_nothing_behind_in_the_host",
-        run: || killed("6.1", NO_APERTURE),
+        run: || killed("6.1"),
     },
     Test {
         name: "gles_killed_fifty_times_in_a_linux_6_12_guest_leaves_nothing_behind_in_the_host",
-        run: || killed("6.12", &[]),
+        run: || killed("6.12"),
     },
 ];
 
@@ -261,12 +245,12 @@ fn eglinfo(kernel: &str) -> Result<(), Failure> {
 }
 
 /// Programs that draw, read back, and decide whether the picture is right.
-fn piglit(kernel: &str, options: &[&str]) -> Result<(), Failure> {
+fn piglit(kernel: &str) -> Result<(), Failure> {
     let command = "cd /piglit; export LD_LIBRARY_PATH=lib PIGLIT_PLATFORM=gbm; \
         for t in bin/[^s]*; do echo $t $($t -auto -fbo 2>&1 | grep PIGLIT:); done; \
         for t in $(find . -name '*.shader_test' | sort); do \
         echo $t $(bin/shader_runner_gles3 $t -auto -fbo 2>&1 | grep PIGLIT:); done";
-    let (native, guest) = (native(command)?, guest(kernel, command, options)?);
+    let (native, guest) = (native(command)?, guest(kernel, command, &[])?);
     ensure!(native.len() > 8, "piglit has run only {native:?}");
     for line in &native {
         ensure!(
@@ -297,12 +281,12 @@ pub fn gles_on(gpu: &str, kernel: &str, options: &[&str]) -> Result<(), Failure>
     equal(&native, &guest)
 }
 
-fn four_at_once(kernel: &str, options: &[&str]) -> Result<(), Failure> {
+fn four_at_once(kernel: &str) -> Result<(), Failure> {
     let one = "gles --scene all --frames 1";
     let four = format!("for i in 1 2 3 4; do {one} > $i & done; wait; cat 1 2 3 4");
     let native = native(one)?;
     ensure!(native.len() > 10, "natively gles has drawn only {native:?}");
-    let ended = start(kernel, "2", &four, options)?.wait(LIMIT)?;
+    let ended = start(kernel, "2", &four, &[])?.wait(LIMIT)?;
     let guest = written(&ended)?;
     ensure!(
         guest.len() == 4 * native.len(),
@@ -324,7 +308,7 @@ const KILLS_LIMIT: Duration = Duration::from_secs(450);
 
 /// In the guest one program draws to its end, then the guest waits for a line on its console while L1 counts what
 /// mini-vmm holds; then programs are killed after their first frames, in the middle of another one, and L1 counts again.
-fn killed(kernel: &str, options: &[&str]) -> Result<(), Failure> {
+fn killed(kernel: &str) -> Result<(), Failure> {
     unpack()?;
     let command = format!(
         "gles --scene knot --frames 2 >/dev/null; echo counting; read go; \
@@ -334,7 +318,7 @@ fn killed(kernel: &str, options: &[&str]) -> Result<(), Failure> {
         kills knot & kills sharing & wait; gles --scene knot --frames 2 >/dev/null; echo counting again; read go",
         KILLS / 2
     );
-    let mut guest = start(kernel, "2", &command, options)?;
+    let mut guest = start(kernel, "2", &command, &[])?;
     guest.wait_for("counting", LIMIT)?;
     let before = Held::by(guest.process())?;
     println!("before: {before}");
