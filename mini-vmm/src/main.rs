@@ -366,7 +366,7 @@ fn run(options: Run) -> Result<u8, String> {
 fn report(gpu: &Statistics) {
     let reached = gpu.limits_reached.iter().filter(|(_, count)| *count > 0);
     let reached: Vec<_> = reached
-        .map(|(name, count)| format!("{name} ({count} times)"))
+        .map(|(limit, count)| format!("{} ({count} times)", limit.name()))
         .collect();
     if !reached.is_empty() {
         let reached = reached.join(", ");
