@@ -2,8 +2,8 @@
 //!
 //! Data flows one way: [`device`] takes a descriptor chain from a virtqueue, [`session`] decodes the copy,
 //! [`call`] validates an ioctl by its schema, a [`driver::HostDriver`] performs it, and the response goes back.
-//! Nothing here knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
-//! interrupts.
+//! Nothing of that knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
+//! interrupts. For operators there is [`control`], a socket that shows a running device, which a VMM may offer or not.
 
 #![deny(
     clippy::unwrap_used,
@@ -25,6 +25,7 @@ pub mod aperture;
 pub mod call;
 pub mod cancel;
 pub mod clock;
+pub mod control;
 mod descriptor;
 pub mod device;
 pub mod driver;

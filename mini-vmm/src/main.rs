@@ -12,6 +12,7 @@ use std::time::Duration;
 
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
+use pvgpu_host_proxy::control::{self, Socket};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::drm::DrmDriver;
@@ -48,7 +49,7 @@ struct Options {
 #[derive(Debug, Subcommand)]
 enum Command {
     /// Boot a kernel and run it until it ends. On a terminal, Ctrl-A x ends it.
-    Run(Run),
+    Run(Box<Run>),
     /// Tell what this host offers to a machine, and what to do about what is missing.
     Check(Check),
 }
@@ -94,6 +95,10 @@ struct Run {
     /// Most bytes of that file: it lacks the requests after them, and mini-vmm says how many.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     trace_limit: u64,
+    /// Make a control socket there, which 'pvgpu-ctl --socket SOCKET' asks what the GPU does, and for traces; for this user and
+    /// root alone.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// What the guest may use of the GPU: message=SIZE, objects=N, in_flight=N, mapped=SIZE, memory=SIZE, handles=N,
     /// worker_time=MILLISECONDS per second. Reaching a limit is an error for the guest alone (see docs/protocol.md).
     #[arg(long, value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = Setting::parse)]
@@ -196,7 +201,7 @@ fn main() -> ExitCode {
         Err(error) => return usage(&error),
     };
     let result = match options.command {
-        Command::Run(options) => run(options),
+        Command::Run(options) => run(*options),
         Command::Check(options) => run_check(&options),
     };
     match result {
@@ -280,6 +285,20 @@ fn open_trace(options: &Run) -> Result<Option<File>, String> {
     file.map(Some)
 }
 
+/// The socket at which the GPU's state can be had.
+fn open_control(options: &Run) -> Result<Option<Socket>, String> {
+    let Some(path) = &options.control else {
+        return Ok(None);
+    };
+    if options.gpu == GpuChoice::None {
+        return Err(
+            "--control shows a GPU, but there is none: leave it out or choose another --gpu".into(),
+        );
+    }
+    let socket = Socket::bind(path).map_err(|error| format!("{error} (--control SOCKET)"));
+    socket.map(Some)
+}
+
 /// The file that dumps go to, as it is until there is one.
 fn open_dump(path: &Path) -> Result<File, String> {
     let file = File::options()
@@ -318,6 +337,7 @@ fn run(options: Run) -> Result<u8, String> {
     let is_terminal = io::IsTerminal::is_terminal(&stdin);
     let dump = options.dump.as_deref().map(open_dump).transpose()?;
     let trace = open_trace(&options)?;
+    let control = open_control(&options)?;
     let only_devices = (sandbox == Sandbox::On).then(|| match &options.gpu {
         GpuChoice::Drm(node) => vec![node.clone()],
         GpuChoice::Soft | GpuChoice::None => Vec::new(),
@@ -325,6 +345,7 @@ fn run(options: Run) -> Result<u8, String> {
     let config = VmConfig {
         only_devices,
         gpu: gpu(&options, trace)?,
+        removes: options.control,
         kvm: options.kvm,
         initrd: options.initrd,
         cmdline: options.cmdline,
@@ -341,11 +362,19 @@ fn run(options: Run) -> Result<u8, String> {
     };
     let message = |error: VmError| error.to_string();
     let vm = Vm::new(config).map_err(message)?;
+    let server = match (&control, vm.monitor()) {
+        (Some(socket), Some(monitor)) => {
+            let listener = socket.listener();
+            let server = listener.and_then(|listener| control::serve(listener, monitor, sandbox));
+            Some(server.map_err(|error| format!("cannot serve the control socket: {error}"))?)
+        }
+        _ => None,
+    };
     signals.end(vm.stop(), vm.filter()).map_err(watch)?;
     let raw = terminal::RawMode::enter(stdin.as_fd())
         .map_err(|error| format!("cannot set the terminal up: {error}"))?;
     let outcome = vm.run_in_the_sandbox();
-    drop(raw);
+    drop((raw, server, control));
     let outcome = outcome.map_err(message)?;
     match &outcome.ending {
         Ending::TripleFault { place } => {

@@ -42,6 +42,9 @@ pub static MONITOR: &[Allowed] = &[
     Allowed::ioctl(terminal(libc::TCSETS), TERMINAL),
 ];
 
+/// What they do besides, where a file is to be removed in the end.
+pub static REMOVAL: &[Allowed] = &[Allowed::any(libc::SYS_unlink, "removes the control socket")];
+
 /// The command of an ioctl of terminals.
 #[allow(clippy::cast_possible_truncation)] // they have 16 bits
 const fn terminal(command: libc::Ioctl) -> u32 {
@@ -58,12 +61,17 @@ pub(crate) struct Filters {
 }
 
 impl Filters {
-    /// The filters of a machine whose devices make these calls.
-    pub(crate) fn new(sandbox: Sandbox, devices: &[Allowed]) -> Result<Self, SandboxError> {
+    /// The filters of a machine whose devices make these calls; `removes` a file in the end or not.
+    pub(crate) fn new(
+        sandbox: Sandbox,
+        devices: &[Allowed],
+        removes: bool,
+    ) -> Result<Self, SandboxError> {
+        let removal = if removes { REMOVAL } else { &[] };
         Ok(Self {
             // What a vCPU does most stands first.
             vcpu: Filter::new(sandbox, VCPU.iter().chain(devices))?,
-            monitor: Filter::new(sandbox, MONITOR.iter().chain(devices))?,
+            monitor: Filter::new(sandbox, MONITOR.iter().chain(devices).chain(removal))?,
         })
     }
 }
