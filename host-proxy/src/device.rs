@@ -70,6 +70,7 @@ use crate::descriptor::{Malformed, Writable, copy_in};
 use crate::driver::HostDriver;
 use crate::event::EventQueue;
 use crate::limit::Limit;
+use crate::monitor::Monitor;
 use crate::sandbox::{Allowed, DEVICE, Filter, Sandbox, THREAD};
 use crate::session::{RESPONSE_HEADER, Report, Response, Session, WORKER_TIME};
 use crate::shadow::{Pages, Scratch};
@@ -122,7 +123,7 @@ pub struct DeviceConfig {
     /// Processor time that requests which may wait get in a second, on all worker threads together (`EAGAIN`). One second
     /// is saved up at most; what a request takes too much, later ones have to wait for.
     pub worker_time: Duration,
-    /// Where to record every request.
+    /// Where to record every request from the beginning; [`Device::monitor`] switches it at run time.
     pub trace: Option<File>,
     /// Most bytes of that file; later requests are counted ([`Statistics::untraced`]), not recorded.
     pub trace_limit: u64,
@@ -176,10 +177,11 @@ pub struct Device {
     poll: Duration,
     limits: Limits,
     worker_time: Duration,
-    trace: Option<Arc<Trace>>,
     queue_sizes: Vec<u16>,
     doorbells: Vec<Arc<Bell>>,
     counters: Arc<Counters>,
+    trace: Arc<Trace>,
+    monitor: Monitor,
     off: Arc<AtomicBool>,
     system_calls: Vec<Allowed>,
     filter: Filter,
@@ -203,7 +205,7 @@ struct RequestQueue {
     ring: Virtqueue,
     /// Where requests are copied to, while no thread is at it.
     buffer: Mutex<Vec<u8>>,
-    trace: Option<Arc<Trace>>,
+    trace: Arc<Trace>,
 }
 
 impl Device {
@@ -221,9 +223,12 @@ impl Device {
                 .collect::<Result<_, _>>()?,
         };
         let counters = Arc::<Counters>::default();
-        let trace = config
-            .trace
-            .map(|file| Trace::new(file, config.trace_limit, Arc::clone(&counters)));
+        let trace = Arc::new(Trace::new(Arc::clone(&counters)));
+        if let Some(file) = config.trace {
+            trace
+                .start(file, config.trace_limit)
+                .map_err(io::Error::other)?;
+        }
         let mut system_calls = [THREAD, DEVICE].concat();
         if config.sandbox == Sandbox::On {
             system_calls.extend(driver.system_calls()?);
@@ -231,6 +236,7 @@ impl Device {
         Ok(Self {
             filter: Filter::new(config.sandbox, &system_calls)?,
             system_calls,
+            monitor: Monitor::new(driver.identity(), config.limits, &counters, &trace),
             driver,
             scratch: match aperture {
                 Some(_) => None,
@@ -245,10 +251,10 @@ impl Device {
             poll: config.poll,
             limits: config.limits,
             worker_time: config.worker_time,
-            trace: trace.map(Arc::new),
             queue_sizes: vec![config.queue_size; queues],
             doorbells,
             counters,
+            trace,
             off: Arc::default(),
             active: None,
         })
@@ -323,7 +329,7 @@ impl Device {
             Arc::new(RequestQueue {
                 ring,
                 buffer: Mutex::default(),
-                trace: self.trace.clone(),
+                trace: Arc::clone(&self.trace),
             })
         });
         let queues = queues.collect();
@@ -341,9 +347,11 @@ impl Device {
             Arc::clone(&self.counters),
             self.filter.clone(),
         );
+        let session = Arc::new(session);
         // From here on, a reset undoes everything.
+        self.monitor.watch(Some(Arc::clone(&session)));
         self.active = Some(Active {
-            session: Arc::new(session),
+            session,
             queues,
             events,
             threads: Vec::new(),
@@ -486,6 +494,7 @@ impl Device {
             }
         }
         active.session.end();
+        self.monitor.watch(None);
         if let Some(aperture) = &self.aperture {
             aperture.discard();
         }
@@ -498,8 +507,12 @@ impl Device {
 
     /// What the device has counted since it was made, and what its session uses now.
     pub fn statistics(&self) -> Statistics {
-        let usage = self.active.as_ref().map(|active| active.session.usage());
-        self.counters.read(usage)
+        self.monitor.statistics()
+    }
+
+    /// What tells the same, and switches the trace, from any thread and without the device.
+    pub fn monitor(&self) -> Monitor {
+        self.monitor.clone()
     }
 }
 
@@ -591,23 +604,27 @@ impl RequestQueue {
                 }
             };
             let request = buffer.get(..length).unwrap_or_default();
-            let arrival = self.trace.as_ref().map(|_| Instant::now());
+            let arrival = self.trace.arrival();
             let room = writable.length();
             let mut later = Some(writable);
             let response = session.perform(request, room, || {
                 let (queue, writable) = (Arc::clone(self), later.take());
-                let traced = self.trace.is_some().then(|| request.to_vec());
+                let traced = arrival.map(|arrival| (arrival, request.to_vec()));
                 Box::new(move |response| {
                     let Some(writable) = writable else { return };
                     let memory = queue.ring.memory();
                     queue.complete(&memory, &writable, &response);
-                    queue.record(arrival, traced.as_deref(), &response);
+                    if let Some((arrival, request)) = traced {
+                        queue.record(arrival, &request, &response);
+                    }
                     queue.ring.interrupt(&memory);
                 })
             });
             if let (Some(response), Some(writable)) = (response, later) {
                 self.complete(&memory, &writable, &response);
-                self.record(arrival, Some(request), &response);
+                if let Some(arrival) = arrival {
+                    self.record(arrival, request, &response);
+                }
                 used = true;
             }
         }
@@ -631,9 +648,8 @@ impl RequestQueue {
         self.ring.add_used(memory, writable.head(), length);
     }
 
-    fn record(&self, arrival: Option<Instant>, request: Option<&[u8]>, response: &Response) {
-        if let (Some(trace), Some(arrival), Some(request)) = (&self.trace, arrival, request) {
-            trace.record(self.ring.index, arrival, request, response.result());
-        }
+    fn record(&self, arrival: Instant, request: &[u8], response: &Response) {
+        self.trace
+            .record(self.ring.index, arrival, request, response.result());
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! Data flows one way: [`device`] takes a descriptor chain from a virtqueue, [`session`] decodes the copy,
 //! [`call`] validates an ioctl by its schema, a [`driver::HostDriver`] performs it, and the response goes back.
-//! Nothing here knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
-//! interrupts.
+//! Nothing of that knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
+//! interrupts. For operators there is [`control`], a socket that shows a running device, which a VMM may offer or not.
 
 #![deny(
     clippy::unwrap_used,
@@ -27,6 +27,7 @@ pub mod call;
 pub mod cancel;
 pub mod choice;
 pub mod clock;
+pub mod control;
 mod descriptor;
 pub mod descriptors;
 pub mod device;
@@ -35,8 +36,10 @@ pub mod drm;
 mod event;
 #[cfg(feature = "landlock")]
 pub mod files;
+mod latency;
 pub mod limit;
 pub mod logging;
+pub mod monitor;
 pub mod privacy;
 pub mod rlimit;
 pub mod sandbox;
@@ -47,7 +50,7 @@ pub mod size;
 pub mod soft;
 pub mod statistics;
 mod trace;
-#[cfg(feature = "daemon")]
+#[cfg(feature = "programs")]
 pub mod vhost_user;
 mod virtqueue;
 mod worker;

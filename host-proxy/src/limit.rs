@@ -6,11 +6,13 @@
 
 use crate::clock::thread_ns;
 use pvgpu_protocol::Errno;
+use serde::{Deserialize, Serialize};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 /// What a guest can have too much of. Each is described with its value, in `Limits` or `DeviceConfig`.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
 pub enum Limit {
     /// Bytes of a message, or elements of one of its arrays.
     Message,

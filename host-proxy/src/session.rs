@@ -12,7 +12,7 @@ use crate::limit::{Budget, Limit};
 use crate::logging::guest_log;
 use crate::sandbox::Filter;
 use crate::shadow::{Pages, Scratch, Shadow};
-use crate::statistics::{Counters, Statistics};
+use crate::statistics::{self, Counters, Statistics};
 use crate::worker::{Job, Workers};
 use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
 use pvgpu_protocol::schema::{Coherence, Space};
@@ -22,13 +22,14 @@ use pvgpu_protocol::wire::{
     ResponseHeader, SizeResponse, UnmapRequest, WatchRequest,
 };
 use pvgpu_protocol::{Errno, family};
+use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
-use std::time::Duration;
+use std::time::{Duration, Instant, SystemTime};
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
@@ -64,12 +65,15 @@ struct Shared {
     handles: Arc<AtomicU64>,
     /// What is left of the time of worker threads.
     worker_time: Arc<Budget>,
+    since: SystemTime,
 }
 
 #[derive(Default)]
 struct State {
     /// Whether the hello was said.
     open: bool,
+    /// Who has said it, in its own words.
+    guest: String,
     /// Whether the session is over.
     ended: bool,
     next_object: i32,
@@ -85,6 +89,8 @@ struct State {
     mapped: u64,
     /// Requests that may wait, by their ids. `None` for a watch that is over but for its event.
     in_flight: HashMap<u64, Option<Arc<Cancel>>>,
+    /// How many of them are watches.
+    watches: usize,
 }
 
 /// What an object id names.
@@ -254,6 +260,7 @@ struct Booked {
     /// Not an owner: events are kept by what the session itself reports to.
     session: Weak<Shared>,
     id: u64,
+    watch: bool,
 }
 
 impl Booked {
@@ -273,7 +280,9 @@ impl Booked {
 impl Drop for Booked {
     fn drop(&mut self) {
         if let Some(session) = self.session.upgrade() {
-            session.state().in_flight.remove(&self.id);
+            let mut state = session.state();
+            state.in_flight.remove(&self.id);
+            state.watches -= usize::from(self.watch);
         }
     }
 }
@@ -292,6 +301,12 @@ impl Response {
         match self.result {
             Ok(value) => value,
             Err(errno) => -errno.number(),
+        }
+    }
+
+    fn count(&self, counters: &Counters) {
+        if let Err(errno) = self.result {
+            counters.failed(errno);
         }
     }
 
@@ -453,6 +468,7 @@ impl Session {
             memory: Arc::default(),
             handles: Arc::default(),
             worker_time: Arc::new(Budget::new(worker_time)),
+            since: SystemTime::now(),
         }))
     }
 
@@ -463,7 +479,27 @@ impl Session {
 
     /// What the session has counted, and what it uses now.
     pub fn statistics(&self) -> Statistics {
-        self.0.counters.read(Some(self.usage()))
+        Statistics {
+            usage: Some(self.usage()),
+            session: Some(self.status()),
+            limits: self.0.limits,
+            ..self.0.counters.read()
+        }
+    }
+
+    /// Who the guest is, and how far the session has come.
+    pub fn status(&self) -> SessionStatus {
+        let since = self.0.since.duration_since(SystemTime::UNIX_EPOCH);
+        let state = self.0.state();
+        SessionStatus {
+            state: match (state.ended, state.open) {
+                (true, _) => SessionState::Ending,
+                (false, true) => SessionState::Open,
+                (false, false) => SessionState::Waiting,
+            },
+            guest: state.guest.clone(),
+            since: since.unwrap_or_default().as_secs(),
+        }
     }
 
     /// What the session uses now.
@@ -511,11 +547,28 @@ impl Shared {
         };
         let id = header.id.get();
         let room = room.saturating_sub(RESPONSE_HEADER);
-        let result = self.dispatch(&header, rest, room, complete);
+        let operation = Operation::from_number(header.operation.get());
+        let timed = operation.is_some_and(|operation| self.counters.count(operation));
+        let begin = timed.then(Instant::now);
+        let result = match operation {
+            Some(operation) => self.dispatch(operation, &header, rest, room, complete),
+            None => Err(Errno::ENOSYS),
+        };
+        if let Ok(None) = &result {
+            return None;
+        }
+        if let Some(begin) = begin {
+            self.counters.at_once.record_since(begin);
+        }
         match result {
-            Ok(response) => response,
+            Ok(response) => {
+                let answered = response.iter();
+                answered.for_each(|response| response.count(&self.counters));
+                response
+            }
             Err(errno) => {
                 self.counters.rejected.fetch_add(1, Ordering::Relaxed);
+                self.counters.failed(errno);
                 Some(Response::new(id, Err(errno)))
             }
         }
@@ -523,6 +576,7 @@ impl Shared {
 
     fn dispatch(
         self: &Arc<Self>,
+        operation: Operation,
         header: &RequestHeader,
         rest: &[u8],
         room: usize,
@@ -530,8 +584,6 @@ impl Shared {
     ) -> Result<Option<Response>, Errno> {
         let id = header.id.get();
         let done = |value| Ok(Some(Response::new(id, Ok(value))));
-        let operation = Operation::from_number(header.operation.get()).ok_or(Errno::ENOSYS)?;
-        self.counters.count(operation);
         require(header.flags.get() == 0, Errno::EINVAL)?;
         let object_id = i32::try_from(header.object.get()).map_err(|_| Errno::EBADF)?;
         match operation {
@@ -647,14 +699,18 @@ impl Shared {
         if !waits {
             return Ok(Some(operation(&Cancel::new())));
         }
-        let (booked, cancel) = self.book(id, self.limits.in_flight)?;
+        let (booked, cancel) = self.book(id, self.limits.in_flight, false)?;
         let time = Arc::clone(&self.worker_time);
+        let counters = Arc::clone(&self.counters);
+        let begin = Instant::now();
         self.start(|| {
             let complete = complete();
             Box::new(move || {
                 let response = time.spend_on(|| operation(&cancel));
                 // The id is free again before the guest can see the response.
                 drop((cancel, booked));
+                response.count(&counters);
+                counters.waited.record_since(begin);
                 complete(response);
             })
         })?;
@@ -662,7 +718,12 @@ impl Shared {
     }
 
     /// Counts a request as one in flight; `EAGAIN` when there are `limit` already.
-    fn book(self: &Arc<Self>, id: u64, limit: u32) -> Result<(Booked, Arc<Cancel>), Errno> {
+    fn book(
+        self: &Arc<Self>,
+        id: u64,
+        limit: u32,
+        watch: bool,
+    ) -> Result<(Booked, Arc<Cancel>), Errno> {
         let cancel = Arc::new(Cancel::new());
         let limit = usize::try_from(limit).unwrap_or(usize::MAX);
         let mut state = self.state();
@@ -671,8 +732,9 @@ impl Shared {
         require(!state.in_flight.contains_key(&id), Errno::EINVAL)?;
         self.within(Limit::WorkerTime, self.worker_time.is_left())?;
         state.in_flight.insert(id, Some(Arc::clone(&cancel)));
+        state.watches += usize::from(watch);
         let session = Arc::downgrade(self);
-        Ok((Booked { session, id }, cancel))
+        Ok((Booked { session, id, watch }, cancel))
     }
 
     fn start(&self, job: impl FnOnce() -> Job) -> Result<(), Errno> {
@@ -714,7 +776,7 @@ impl Shared {
         }
         // Watches leave a quarter to requests: many of them must not keep a guest's calls from waiting.
         let limit = self.limits.in_flight;
-        let (booked, cancel) = self.book(id, limit - limit / 4)?;
+        let (booked, cancel) = self.book(id, limit - limit / 4, true)?;
         let time = Arc::clone(&self.worker_time);
         self.start(|| {
             Box::new(move || {
@@ -767,6 +829,7 @@ impl Shared {
         state.maps_pages = features & wire::feature::MAP_PAGES != 0;
         let guest: String = hello.guest.chars().take(64).collect();
         guest_log!(info, "session of {:?} on {}", guest, identity.name);
+        state.guest = statistics::shortened(&guest);
         Ok(Response {
             payload: Payload::Bytes(bytes),
             ..Response::new(id, Ok(0))
@@ -1129,11 +1192,15 @@ impl Shared {
 
     fn usage(&self) -> Usage {
         let state = self.state();
+        let is_file = |object: &&Object| matches!(object, Object::File(_));
         Usage {
+            files: state.objects.values().filter(is_file).count(),
             objects: state.objects.len(),
             mapped: state.mapped,
             memory: self.memory.load(Ordering::Relaxed),
+            handles: self.handles.load(Ordering::Relaxed),
             in_flight: state.in_flight.len(),
+            watches: state.watches,
         }
     }
 
@@ -1208,17 +1275,47 @@ fn record_offset(file: &File, call: &Call) {
     }
 }
 
+/// How far a session has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SessionState {
+    /// The guest has started the device, but has not said its hello.
+    Waiting,
+    /// The guest may do everything.
+    Open,
+    /// It is over, but for what the host driver still has to let go of.
+    Ending,
+}
+
+/// A session as operators see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// How far it has come.
+    pub state: SessionState,
+    /// Who the guest says it is, at most [`statistics::NAME_LIMIT`] bytes of it; empty before the hello.
+    #[serde(deserialize_with = "statistics::owned")]
+    pub guest: String,
+    /// When the guest started the device, in seconds since 1970.
+    pub since: u64,
+}
+
 /// What a session uses now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Usage {
+    /// Open files.
+    pub files: usize,
     /// Open files and other objects.
     pub objects: usize,
     /// Bytes mapped, into the aperture or with pages of the guest.
     pub mapped: u64,
     /// Bytes of GPU memory that handles and exported objects keep.
     pub memory: u64,
-    /// Requests that may be waiting.
+    /// GEM and syncobj handles.
+    pub handles: u64,
+    /// Requests that may be waiting, watches among them.
     pub in_flight: usize,
+    /// Watches.
+    pub watches: usize,
 }
 
 /// A file's handles and its session's objects.

@@ -11,6 +11,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use pvgpu_host_proxy::aperture::{Aperture, Reservation, Window};
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Interrupt};
 use pvgpu_host_proxy::driver::HostDriver;
+use pvgpu_host_proxy::monitor::Monitor;
 use pvgpu_host_proxy::sandbox::{Allowed, DEVICE, Sandbox, THREAD};
 use pvgpu_host_proxy::size;
 use pvgpu_host_proxy::statistics::Statistics;
@@ -142,6 +143,14 @@ impl GpuDevice {
         match self {
             Self::InProcess(device) => &mut **device,
             Self::VhostUser(front_end) => front_end,
+        }
+    }
+
+    /// What tells of the device, if it is in this process.
+    pub fn monitor(&self) -> Option<Monitor> {
+        match self {
+            Self::InProcess(device) => Some(device.monitor()),
+            Self::VhostUser(_) => None,
         }
     }
 

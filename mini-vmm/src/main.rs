@@ -12,6 +12,7 @@ use std::time::Duration;
 use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use pvgpu_host_proxy::choice::Choice;
+use pvgpu_host_proxy::control::{self, Socket};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::sandbox::{self, Sandbox};
 use pvgpu_host_proxy::setting::Setting;
@@ -98,6 +99,10 @@ struct Run {
     /// Most bytes of that file: it lacks the requests after them, and mini-vmm says how many.
     #[arg(long, value_name = "SIZE", default_value = "1G", value_parser = size::parse)]
     trace_limit: u64,
+    /// Make a control socket there, which 'pvgpu-ctl --socket SOCKET' asks what the GPU does, and for traces; for this user and
+    /// root alone.
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// What the guest may use of the GPU: message=SIZE, objects=N, in_flight=N, mapped=SIZE, memory=SIZE, handles=N,
     /// worker_time=MILLISECONDS per second. Reaching a limit is an error for the guest alone (see docs/protocol.md).
     #[arg(long, value_name = "NAME=VALUE,...", value_delimiter = ',', value_parser = Setting::parse)]
@@ -286,6 +291,26 @@ fn open_trace(options: &Run) -> Result<Option<File>, String> {
     file.map(Some)
 }
 
+/// The socket at which the GPU's state can be had.
+fn open_control(options: &Run) -> Result<Option<Socket>, String> {
+    let Some(path) = &options.control else {
+        return Ok(None);
+    };
+    if options.gpu == GpuChoice::None {
+        return Err(
+            "--control shows a GPU, but there is none: leave it out or choose another --gpu".into(),
+        );
+    }
+    if let GpuChoice::VhostUser(_) = options.gpu {
+        return Err(
+            "--control shows a GPU in this process: give it to the pvgpu-proxyd that has this one"
+                .into(),
+        );
+    }
+    let socket = Socket::bind(path).map_err(|error| format!("{error} (--control SOCKET)"));
+    socket.map(Some)
+}
+
 /// The file that dumps go to, as it is until there is one.
 fn open_dump(path: &Path) -> Result<File, String> {
     let file = File::options()
@@ -324,6 +349,7 @@ fn run(options: Run) -> Result<u8, String> {
     let is_terminal = io::IsTerminal::is_terminal(&stdin);
     let dump = options.dump.as_deref().map(open_dump).transpose()?;
     let trace = open_trace(&options)?;
+    let control = open_control(&options)?;
     let only_devices = (sandbox == Sandbox::On).then(|| match &options.gpu {
         GpuChoice::Host(choice) => choice.node().map(PathBuf::from).into_iter().collect(),
         GpuChoice::VhostUser(_) | GpuChoice::None => Vec::new(),
@@ -335,6 +361,7 @@ fn run(options: Run) -> Result<u8, String> {
             TransportChoice::Mmio => Transport::Mmio,
             TransportChoice::Pci => Transport::Pci,
         },
+        removes: options.control,
         kvm: options.kvm,
         initrd: options.initrd,
         cmdline: options.cmdline,
@@ -351,11 +378,19 @@ fn run(options: Run) -> Result<u8, String> {
     };
     let message = |error: VmError| error.to_string();
     let vm = Vm::new(config).map_err(message)?;
+    let server = match (&control, vm.monitor()) {
+        (Some(socket), Some(monitor)) => {
+            let listener = socket.listener();
+            let server = listener.and_then(|listener| control::serve(listener, monitor, sandbox));
+            Some(server.map_err(|error| format!("cannot serve the control socket: {error}"))?)
+        }
+        _ => None,
+    };
     signals.end(vm.stop(), vm.filter()).map_err(watch)?;
     let raw = terminal::RawMode::enter(stdin.as_fd())
         .map_err(|error| format!("cannot set the terminal up: {error}"))?;
     let outcome = vm.run_in_the_sandbox();
-    drop(raw);
+    drop((raw, server, control));
     let outcome = outcome.map_err(message)?;
     match &outcome.ending {
         Ending::TripleFault { place } => {
@@ -376,7 +411,7 @@ fn run(options: Run) -> Result<u8, String> {
 fn report(gpu: &Statistics) {
     let reached = gpu.limits_reached.iter().filter(|(_, count)| *count > 0);
     let reached: Vec<_> = reached
-        .map(|(name, count)| format!("{name} ({count} times)"))
+        .map(|(limit, count)| format!("{} ({count} times)", limit.name()))
         .collect();
     if !reached.is_empty() {
         let reached = reached.join(", ");

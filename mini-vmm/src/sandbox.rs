@@ -65,6 +65,9 @@ pub static MONITOR: &[Allowed] = &[
     Allowed::ioctl(terminal(libc::TCSETS), TERMINAL),
 ];
 
+/// What they do besides, where a file is to be removed in the end.
+pub static REMOVAL: &[Allowed] = &[Allowed::any(libc::SYS_unlink, "removes the control socket")];
+
 /// The command of an ioctl of terminals.
 #[allow(clippy::cast_possible_truncation)] // they have 16 bits
 const fn terminal(command: libc::Ioctl) -> u32 {
@@ -83,16 +86,18 @@ pub(crate) struct Filters {
 }
 
 impl Filters {
-    /// The filters of a machine whose devices make these calls, and its vCPUs these besides.
+    /// The filters of a machine whose devices make these calls, and its vCPUs these besides; `removes` a file in the end or not.
     pub(crate) fn new(
         sandbox: Sandbox,
         devices: &[Allowed],
         vcpus: &[Allowed],
+        removes: bool,
     ) -> Result<Self, SandboxError> {
+        let removal = if removes { REMOVAL } else { &[] };
         Ok(Self {
             // What a vCPU does most stands first.
             vcpu: Filter::new(sandbox, VCPU.iter().chain(vcpus).chain(devices))?,
-            monitor: Filter::new(sandbox, MONITOR.iter().chain(devices))?,
+            monitor: Filter::new(sandbox, MONITOR.iter().chain(devices).chain(removal))?,
             link: Filter::new(sandbox, LINK.iter().chain(MONITOR).chain(devices))?,
         })
     }

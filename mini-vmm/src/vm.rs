@@ -13,6 +13,7 @@ use std::sync::{Arc, Weak};
 use std::thread::JoinHandle;
 
 use pvgpu_host_proxy::files;
+use pvgpu_host_proxy::monitor::Monitor;
 use pvgpu_host_proxy::sandbox::{DEVICE, Filter, Sandbox, SandboxError, THREAD};
 use pvgpu_host_proxy::size;
 use pvgpu_host_proxy::statistics::Statistics;
@@ -63,6 +64,9 @@ pub struct VmConfig {
     /// If there is a list, then from when the kernel is loaded the calling thread, and all that it starts, can open nothing but
     /// KVM and these devices ([`pvgpu_host_proxy::files`]): for a program that makes no second machine.
     pub only_devices: Option<Vec<PathBuf>>,
+    /// A file that the calling thread removes when the machine has ended: what restricts it leaves that to it (and, of necessity,
+    /// the removal of all else in the file's folder that this user may remove).
+    pub removes: Option<PathBuf>,
     /// Devices besides the machine's own, between [`layout::EXTRA_MMIO`] and [`layout::EXTRA_MMIO_END`].
     pub devices: Vec<Attachment>,
 }
@@ -83,6 +87,7 @@ impl VmConfig {
             dump: None,
             sandbox: Sandbox::default(),
             only_devices: None,
+            removes: None,
             devices: Vec::new(),
         }
     }
@@ -206,7 +211,8 @@ impl Vm {
         if let Some(devices) = &config.only_devices {
             let mut devices: Vec<_> = devices.iter().map(PathBuf::as_path).collect();
             devices.push(&config.kvm);
-            files::restrict(&devices).map_err(VmError::Files)?;
+            let folder = config.removes.as_deref().map(files::folder);
+            files::restrict(&devices, folder).map_err(VmError::Files)?;
         }
 
         let stop = Stop::new().map_err(VmError::host("an event"))?;
@@ -277,7 +283,8 @@ impl Vm {
             Transport::Mmio => &[],
             Transport::Pci => sandbox::VCPU_PCI,
         };
-        let filters = Filters::new(config.sandbox, &system_calls, vcpu_calls)?;
+        let removes = config.removes.is_some();
+        let filters = Filters::new(config.sandbox, &system_calls, vcpu_calls, removes)?;
         let input = config
             .console
             .input
@@ -312,6 +319,12 @@ impl Vm {
             exits: self.vcpus.iter().map(|(vcpu, _)| vcpu.exits()).collect(),
             gpu: self.gpu.as_ref().map(Arc::downgrade),
         }
+    }
+
+    /// What tells of the GPU and switches its trace, from any thread while the machine runs; none if it has no GPU in
+    /// this process.
+    pub fn monitor(&self) -> Option<Monitor> {
+        self.gpu.as_ref()?.device().monitor()
     }
 
     /// The guest's RAM, for tests and benchmarks that share words with their guest.

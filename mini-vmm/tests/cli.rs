@@ -3,11 +3,12 @@
 mod kernels;
 
 use std::fs::File;
-use std::io::Write;
+use std::io::{Read, Write};
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 
 use kernels::{TempFile, with_kvm};
+use pvgpu_host_proxy::control::{self, Reply, ask};
 
 fn mini_vmm() -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_mini-vmm"));
@@ -227,7 +228,7 @@ fn a_trace_that_cannot_be_written_is_refused() {
     );
     refused(
         &run(kernel.path(), &["--gpu", "none", "--trace", "/dev/null"]),
-        &["--trace", "but there is none"],
+        &["--trace", "there is no GPU"],
     );
 }
 
@@ -238,6 +239,75 @@ fn a_dump_file_that_cannot_be_written_is_refused_before_the_guest_runs() {
         &run(kernel.path(), &["--dump", "/nonexistent/dump"]),
         &["dump /nonexistent/dump", "No such file", "--dump FILE"],
     );
+}
+
+#[test]
+fn a_control_socket_that_cannot_be_is_refused() {
+    let kernel = kernel(kernels::endless());
+    let file = TempFile::new(b"mine");
+    let path = file.path().to_str().unwrap();
+    refused(
+        &run(kernel.path(), &["--control", path]),
+        &[path, "is no socket", "--control SOCKET"],
+    );
+    refused(
+        &run(kernel.path(), &["--control", "/nonexistent/socket"]),
+        &["/nonexistent/socket", "directory", "--control SOCKET"],
+    );
+    refused(
+        &run(kernel.path(), &["--gpu", "none", "--control", path]),
+        &["--control", "there is none"],
+    );
+    // What is refused for another reason leaves no socket behind.
+    let socket = std::env::temp_dir().join(format!("mini-vmm-refused-{}", std::process::id()));
+    let control = ["--control", socket.to_str().unwrap()];
+    refused(
+        &run(Path::new("/nonexistent/vmlinux"), &control),
+        &["/nonexistent/vmlinux"],
+    );
+    assert!(!socket.exists());
+}
+
+#[test]
+#[allow(unsafe_code)]
+fn the_control_socket_answers_while_the_machine_runs_and_is_gone_afterwards() {
+    if !with_kvm() {
+        return;
+    }
+    let kernel = kernel(kernels::endless());
+    let path = std::env::temp_dir().join(format!("mini-vmm-control-{}", std::process::id()));
+    // What a machine left behind that was killed.
+    drop(std::os::unix::net::UnixListener::bind(&path).unwrap());
+    for sandbox in ["on", "off"] {
+        let mut child = mini_vmm()
+            .args(["run", "--sandbox", sandbox, "--kernel"])
+            .arg(kernel.path())
+            .arg("--control")
+            .arg(&path)
+            .stdout(Stdio::piped())
+            .stderr(Stdio::piped())
+            .spawn()
+            .unwrap();
+        let mut dot = [0];
+        child.stdout.as_mut().unwrap().read_exact(&mut dot).unwrap();
+        let Ok(Reply::Status(statistics)) = ask(&path, &control::Command::Status, None) else {
+            panic!("no status");
+        };
+        assert_eq!(statistics.driver.name, "soft");
+        assert_eq!(
+            statistics.session, None,
+            "its guest has not started the GPU"
+        );
+        // SAFETY: the child is ours and has not been waited for.
+        unsafe { libc::kill(child.id().cast_signed(), libc::SIGTERM) };
+        let output = child.wait_with_output().unwrap();
+        let said = String::from_utf8_lossy(&output.stderr);
+        assert_eq!(
+            (output.status.code(), &*said),
+            (Some(128 + libc::SIGTERM), "")
+        );
+        assert!(!path.exists(), "--sandbox {sandbox}");
+    }
 }
 
 #[test]
@@ -484,7 +554,6 @@ fn input_from_a_pipe_reaches_the_guest() {
 mod terminal {
     use super::*;
     use std::fs::File;
-    use std::io::Read;
     use std::mem::MaybeUninit;
     use std::os::fd::{AsRawFd, FromRawFd, OwnedFd};
     use std::process::Child;

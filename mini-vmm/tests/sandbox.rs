@@ -14,6 +14,7 @@ use std::process::{Child, Command, Stdio};
 use std::time::{Duration, Instant};
 
 use kernels::{TempFile, with_kvm};
+use pvgpu_host_proxy::control;
 use pvgpu_host_proxy::files;
 use pvgpu_host_proxy::sandbox::{Filter, Sandbox, THREAD};
 use pvgpu_mini_vmm::{Console, Vm, VmConfig, sandbox};
@@ -49,8 +50,15 @@ impl Running {
             .args(arguments)
             .stdin(Stdio::piped())
             .stdout(Stdio::null());
+        // A copy that was just written may still be open in a process that another test is about to start.
+        let process = loop {
+            match command.spawn() {
+                Err(error) if error.kind() == io::ErrorKind::ExecutableFileBusy => {}
+                other => break other.unwrap(),
+            }
+        };
         let mut running = Self {
-            process: command.spawn().unwrap(),
+            process,
             _kernel: kernel,
         };
         let deadline = Instant::now() + PATIENCE;
@@ -103,12 +111,20 @@ fn program() -> &'static Path {
     Path::new(env!("CARGO_BIN_EXE_mini-vmm"))
 }
 
+/// Where a test can make a file.
+fn new_path(name: &str) -> PathBuf {
+    std::env::temp_dir().join(format!("mini-vmm-{name}-{}", std::process::id()))
+}
+
 #[test]
 fn no_thread_of_mini_vmm_runs_without_a_filter_while_a_guest_runs() {
     if !with_kvm() {
         return;
     }
-    let running = Running::start(program(), &["--cpus", "2", "--sandbox", "on"], None);
+    let socket = new_path("filtered");
+    let control = ["--control", socket.to_str().unwrap()];
+    let arguments = [&["--cpus", "2", "--sandbox", "on"], &control[..]].concat();
+    let running = Running::start(program(), &arguments, None);
     let deadline = Instant::now() + PATIENCE;
     // The main thread enters its sandbox last.
     while running.threads().iter().any(|(_, filters)| *filters == 0) {
@@ -116,13 +132,15 @@ fn no_thread_of_mini_vmm_runs_without_a_filter_while_a_guest_runs() {
         std::thread::sleep(Duration::from_millis(5));
     }
     let threads = running.threads();
-    for name in ["mini-vmm", "vcpu0", "vcpu1", "signals"] {
+    for name in ["mini-vmm", "vcpu0", "vcpu1", "signals", "pvgpu-control"] {
         assert!(
             threads.iter().any(|(thread, _)| thread == name),
             "{name}: {threads:?}"
         );
     }
 
+    drop(running);
+    fs::remove_file(socket).unwrap();
     let free = Running::start(program(), &["--sandbox", "off"], None);
     std::thread::sleep(Duration::from_millis(50));
     assert!(
@@ -179,6 +197,60 @@ fn another_process_of_the_same_user_reaches_neither_memory_nor_descriptors_of_mi
     assert_eq!(seen, None);
 }
 
+/// The errno with which a process of that user fails to get an answer from the control socket there; `EPIPE` if it is closed
+/// without one.
+fn no_answer(user: u32, path: &Path) -> Option<i32> {
+    let mut address = libc::sockaddr_un {
+        sun_family: libc::AF_UNIX as libc::sa_family_t,
+        sun_path: [0; 108],
+    };
+    let path = path.to_str().unwrap();
+    for (to, from) in address.sun_path.iter_mut().zip(path.bytes()) {
+        *to = from.cast_signed();
+    }
+    let request = [control::VERSION, 0];
+    let mut probe = Command::new("/bin/true");
+    probe.uid(user).gid(user);
+    // SAFETY: between fork and exec, this makes system calls on values that it owns, and touches nothing else.
+    unsafe {
+        probe.pre_exec(move || {
+            let socket = libc::socket(libc::AF_UNIX, libc::SOCK_STREAM | libc::SOCK_CLOEXEC, 0);
+            let length = size_of_val(&address) as libc::socklen_t;
+            let mut byte = [0u8];
+            if libc::connect(socket, (&raw const address).cast(), length) < 0 {
+                return Err(io::Error::last_os_error());
+            }
+            libc::send(socket, request.as_ptr().cast(), 2, libc::MSG_NOSIGNAL);
+            match libc::recv(socket, byte.as_mut_ptr().cast(), 1, 0) {
+                1 => Ok(()),
+                _ => Err(io::Error::from_raw_os_error(libc::EPIPE)),
+            }
+        });
+    }
+    probe.status().err().and_then(|error| error.raw_os_error())
+}
+
+#[test]
+fn another_user_gets_nothing_from_the_control_socket_even_if_its_file_lets_it_connect() {
+    if !with_kvm() {
+        return;
+    }
+    let user = fs::metadata("/proc/self").unwrap().uid();
+    assert_eq!(
+        user, 0,
+        "this test starts processes of another user: run it as root"
+    );
+    let socket = new_path("users");
+    let arguments = ["--control", socket.to_str().unwrap()];
+    let running = Running::start(program(), &arguments, None);
+    assert_eq!(no_answer(user, &socket), None);
+    assert_eq!(no_answer(NOBODY, &socket), Some(libc::EACCES));
+    fs::set_permissions(&socket, Permissions::from_mode(0o666)).unwrap();
+    assert_eq!(no_answer(NOBODY, &socket), Some(libc::EPIPE));
+    drop(running);
+    fs::remove_file(socket).unwrap();
+}
+
 /// Makes a program's core dumps as large as they are, in the folder for temporary files.
 fn with_core_dumps(command: &mut Command) -> &mut Command {
     command.current_dir(std::env::temp_dir());
@@ -229,18 +301,17 @@ fn files_that_mini_vmm_creates_are_for_its_user_alone() {
     if !with_kvm() {
         return;
     }
-    let new = |name: &str| -> PathBuf {
-        std::env::temp_dir().join(format!("mini-vmm-{name}-{}", std::process::id()))
-    };
-    let (trace, dump) = (new("trace"), new("dump"));
+    let (trace, dump, socket) = (new_path("trace"), new_path("dump"), new_path("control"));
     let arguments = [
+        "--control",
+        socket.to_str().unwrap(),
         "--trace",
         trace.to_str().unwrap(),
         "--dump",
         dump.to_str().unwrap(),
     ];
     let running = Running::start(program(), &arguments, None);
-    for path in [&trace, &dump] {
+    for path in [&trace, &dump, &socket] {
         let mode = fs::metadata(path).unwrap().permissions().mode();
         fs::remove_file(path).unwrap();
         assert_eq!(mode & 0o777, 0o600, "{}", path.display());
@@ -325,7 +396,7 @@ fn the_child() {
         }
         _ if action == "files" => {
             let other = TempFile::new(b"other");
-            let restricted = files::restrict(&[Path::new("/dev/null")]).unwrap();
+            let restricted = files::restrict(&[Path::new("/dev/null")], None).unwrap();
             let open = |path: &Path| File::open(path).map(drop).map_err(|error| error.kind());
             println!("landlock: {restricted}");
             println!(

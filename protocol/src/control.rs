@@ -103,7 +103,7 @@ impl Default for Limits {
 /// One record of a trace: a request as it arrived and how it was answered.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct TraceRecord<'a> {
-    /// Nanoseconds since the trace began.
+    /// Nanoseconds since the device was made.
     pub time_ns: u64,
     /// Nanoseconds from the request's copy to its completion.
     pub duration_ns: u64,

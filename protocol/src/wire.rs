@@ -5,6 +5,7 @@
 //! length is the chain's length; there is no length field to disagree with it. `docs/protocol.md` is the
 //! specification. Both sides use these structs; they must never hold a type with padding.
 
+use serde::{Deserialize, Serialize};
 use zerocopy::little_endian::{I32, I64, U16, U32, U64};
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout, Unaligned};
 
@@ -41,7 +42,8 @@ pub mod feature {
 
 /// What a request asks for. A number that is not here is answered with `ENOSYS`.
 #[repr(u16)]
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
 pub enum Operation {
     /// Opens the session: payload [`crate::control::Hello`], answered by [`crate::control::HelloReply`].
     Hello = 0,

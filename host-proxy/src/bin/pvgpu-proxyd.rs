@@ -4,6 +4,7 @@
 
 use clap::Parser;
 use pvgpu_host_proxy::choice::Choice;
+use pvgpu_host_proxy::control::{self, Socket};
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig};
 use pvgpu_host_proxy::sandbox::{self, Filter, Sandbox};
 use pvgpu_host_proxy::setting::Setting;
@@ -57,6 +58,10 @@ struct Options {
     /// How many seconds a submission may run on the embedded GPU before the GPU is reset.
     #[arg(long, value_name = "SECONDS", default_value_t = SoftConfig::default().watchdog.as_secs(), value_parser = clap::value_parser!(u64).range(1..=3600))]
     watchdog: u64,
+    /// Make a control socket there, which 'pvgpu-ctl --socket SOCKET' asks what the GPU does, and for traces; for this user and root
+    /// alone (see docs/operations.md).
+    #[arg(long, value_name = "SOCKET")]
+    control: Option<PathBuf>,
     /// Which messages go to standard error: off, error, warn, info or debug.
     #[arg(long, value_name = "LEVEL", default_value = "info", value_parser = parse_level)]
     log: log::LevelFilter,
@@ -168,12 +173,14 @@ fn run(options: &Options) -> Result<ExitCode, String> {
             "guests get fewer buffer objects: cannot raise the limit on open files: {error}"
         );
     }
+    let control = options.control.as_deref().map(Socket::bind).transpose();
+    let control = control.map_err(|error| format!("{error} (--control SOCKET)"))?;
     let watchdog = Duration::from_secs(options.watchdog);
     let driver = options.gpu.open(watchdog, sandbox);
     let driver = driver.map_err(|error| error.to_string())?;
     if sandbox == Sandbox::On {
         let nodes: Vec<_> = options.gpu.node().into_iter().collect();
-        files::restrict(&nodes).map_err(|error| {
+        files::restrict(&nodes, None).map_err(|error| {
             format!("Landlock refuses ({error}): run with --sandbox off, and report this")
         })?;
     }
@@ -191,6 +198,14 @@ fn run(options: &Options) -> Result<ExitCode, String> {
     let device = Device::new(driver, None, config).map_err(|error| {
         format!("cannot set the GPU up: {error}; check the limit on open files (ulimit -n)")
     })?;
+    let serve_control = |socket: Socket| {
+        let listener = socket.into_listener()?;
+        control::serve(listener, device.monitor(), sandbox)
+    };
+    let _server = control
+        .map(serve_control)
+        .transpose()
+        .map_err(|error| format!("cannot serve the control socket: {error}"))?;
     let calls = [FRONT_END, device.system_calls()].concat();
     let filter = Filter::new(sandbox, &calls).map_err(|error| error.to_string())?;
     let back_end = Arc::new(Mutex::new(BackEnd::new(device, options.aperture)));

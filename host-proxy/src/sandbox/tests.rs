@@ -3,7 +3,7 @@
 #![allow(unsafe_code)]
 
 use super::*;
-use crate::{drm, soft};
+use crate::{control, drm, soft};
 use pvgpu_protocol::family::{self, virtio_gpu};
 use pvgpu_protocol::schema::command;
 use std::os::unix::process::ExitStatusExt;
@@ -24,6 +24,7 @@ fn kinds() -> Vec<(&'static str, Vec<Allowed>)> {
         ("device on soft", device(soft::SYSTEM_CALLS)),
         ("engine", Vec::new()),
         ("opener", drm::OPENER.to_vec()),
+        ("control", control::SYSTEM_CALLS.to_vec()),
     ]
 }
 

@@ -6,6 +6,7 @@ use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::device::{ActivateError, Device, DeviceConfig, Doorbell, Interrupt};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::limit::Limit;
+use pvgpu_host_proxy::session::SessionState;
 use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::wire::{
@@ -13,7 +14,7 @@ use pvgpu_protocol::wire::{
     ResponseHeader, WatchRequest,
 };
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
@@ -447,7 +448,7 @@ fn what_was_counted_outlives_the_session() {
     machine.ring();
     machine.device.reset();
     let statistics = machine.device.statistics();
-    assert!(statistics.operations.contains(&("hello", 1)));
+    assert!(statistics.operations.contains(&(Operation::Hello, 1)));
     assert_eq!(statistics.completed, 1);
 }
 
@@ -496,6 +497,85 @@ fn a_session_that_was_lost_answers_that_to_everything_until_a_hello() {
     assert_eq!(machine.used(), 4, "the poll's answer is lost");
     assert_eq!([machine.result(3), machine.result(4)], [NO_HELLO, NO_HELLO]);
     assert!(!machine.device.needs_reset(), "the guest did nothing wrong");
+}
+
+#[test]
+fn statistics_tell_who_the_guest_is_what_it_has_what_waits_how_long_that_took_and_what_went_wrong()
+{
+    let waiting = Machine::new(Doorbell::Inline).device.statistics();
+    assert_eq!(waiting.session.unwrap().state, SessionState::Waiting);
+    let (mut machine, gate) = Machine::watching(Doorbell::Worker, VERSION_1);
+    machine.give_buffer();
+    assert_eq!(machine.watch(), 0);
+    machine.wait_for_ever(1);
+    machine.submit(
+        Operation::Cancel,
+        0,
+        CancelRequest { id: 99.into() }.as_bytes(),
+    );
+    machine.ring();
+    machine.wait_for_used(4);
+    let now = machine.device.statistics();
+    let session = now.session.unwrap();
+    assert_eq!(
+        (session.state, session.guest.as_str()),
+        (SessionState::Open, "test")
+    );
+    let usage = now.usage.unwrap();
+    assert_eq!((usage.files, usage.objects, usage.handles), (1, 1, 0));
+    assert_eq!((usage.in_flight, usage.watches), (2, 1));
+    // The first of each operation is timed: hello, open, watch, cancel.
+    assert_eq!((now.at_once.count(), now.waited.count()), (4, 0));
+    let errors: Vec<_> = now
+        .errors
+        .iter()
+        .map(|(kind, count)| (kind.to_string(), *count))
+        .collect();
+    assert_eq!(errors, [("ENOENT".to_owned(), 1)]);
+    gate.set(1);
+    machine.wait_for_used(5);
+    machine.wait_for_events(1);
+    let now = machine.device.statistics();
+    assert_eq!((now.at_once.count(), now.waited.count()), (4, 1));
+    assert!(now.waited.percentile(0.5) > Some(Duration::from_micros(1)));
+    let usage = now.usage.unwrap();
+    assert_eq!((usage.in_flight, usage.watches), (0, 0));
+}
+
+#[test]
+fn a_session_ends_with_its_device_though_another_thread_looks_at_it_all_the_time() {
+    let mut machine = Machine::new(Doorbell::Worker);
+    let (monitor, done) = (machine.device.monitor(), Arc::new(AtomicBool::new(false)));
+    let looks = {
+        let done = Arc::clone(&done);
+        std::thread::spawn(move || {
+            let mut sessions = 0;
+            while !done.load(Ordering::Relaxed) {
+                sessions += usize::from(monitor.statistics().session.is_some());
+            }
+            (sessions, monitor)
+        })
+    };
+    for _ in 0..50 {
+        machine.hello();
+        machine.open();
+        machine.ring();
+        machine.wait_for_used(2);
+        machine.device.reset();
+        assert_eq!(machine.record.open(), 0);
+        // The guest sets its queue up again, with nothing in it.
+        machine.store(AVAILABLE + 2, 0u16);
+        machine.store(USED + 2, 0u16);
+        machine.submitted = 0;
+        machine.activate(VERSION_1).unwrap();
+    }
+    let record = Arc::clone(&machine.record);
+    drop(machine);
+    done.store(true, Ordering::Relaxed);
+    let (sessions, monitor) = looks.join().unwrap();
+    assert!(sessions > 0);
+    assert_eq!(record.open(), 0);
+    assert_eq!(monitor.statistics().session, None);
 }
 
 #[test]

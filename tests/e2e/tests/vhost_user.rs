@@ -10,6 +10,9 @@ use pvgpu_e2e::guest_vm::{self, Run};
 use pvgpu_host_proxy::device::Doorbell;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::Gpu;
+use pvgpu_protocol::control::decode_trace;
+use std::path::Path;
+use std::process::Command;
 use std::sync::Arc;
 use std::sync::mpsc::channel;
 
@@ -72,4 +75,66 @@ fn a_guest_whose_daemon_is_killed_in_the_middle_of_a_picture_hears_of_it_and_doe
     assert_eq!(run.outcome.exit_code, 1, "{:?}", run.lines);
     let last = run.lines.last().unwrap();
     assert!(last.starts_with("error:"), "{:?}", run.lines);
+}
+
+/// What pvgpu-ctl answers to these words about the proxy at `socket`.
+fn ctl(socket: &Path, words: &[&str]) -> String {
+    let mut ctl = Command::new(proxyd().with_file_name("pvgpu-ctl"));
+    let output = ctl
+        .arg("--socket")
+        .arg(socket)
+        .args(words)
+        .output()
+        .unwrap();
+    let said = String::from_utf8_lossy(&output.stderr);
+    assert!(output.status.success(), "{words:?}: {said}");
+    String::from_utf8(output.stdout).unwrap()
+}
+
+#[test]
+fn an_operator_sees_the_guest_of_a_daemon_come_and_go_and_records_what_it_asks() {
+    if !with_kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let (control, trace) = (folder.path().join("control"), folder.path().join("trace"));
+    let daemon = Daemon::start(proxyd(), &["--control", control.to_str().unwrap()]).unwrap();
+    let session = || {
+        let status = ctl(&control, &["status", "--json"]);
+        serde_json::from_str::<serde_json::Value>(&status).unwrap()["session"].clone()
+    };
+    assert!(session().is_null());
+    ctl(&control, &["trace", "start", trace.to_str().unwrap()]);
+    let ((reached, middle), (seen, go_on)) = (channel(), channel::<()>());
+    let line = move |line: &str| {
+        if line.starts_with("step GEM_MMAP") && reached.send(()).is_ok() {
+            let _ = go_on.recv();
+        }
+    };
+    let gpu = gpu(&daemon);
+    let guest = std::thread::spawn(move || {
+        guest_vm::run_with(guest(), "scenario=draw", gpu, line).unwrap()
+    });
+    middle.recv().unwrap();
+    drop(middle);
+    assert_eq!(session()["state"], "open");
+    drop(seen);
+    let run = guest.join().unwrap();
+    assert_eq!(run.outcome.exit_code, 0, "{:?}", run.lines);
+    daemon.wait_for("the front end is gone").unwrap();
+    assert!(session().is_null());
+    ctl(&control, &["trace", "stop"]);
+    let trace = std::fs::read(trace).unwrap();
+    let (mut rest, mut records) = (&trace[..], 0);
+    while !rest.is_empty() {
+        let (_, length) = decode_trace(rest).expect("a whole record");
+        rest = &rest[length..];
+        records += 1;
+    }
+    let completed = ctl(&control, &["prometheus"]);
+    let completed = completed
+        .lines()
+        .find(|line| line.starts_with("pvgpu_requests_completed_total{"))
+        .and_then(|line| line.rsplit(' ').next());
+    assert_eq!(completed, Some(&*records.to_string()));
 }

@@ -1,7 +1,8 @@
-//! The control records in bincode: the hello and its answer.
+//! The control records in bincode: the hello and its answer, and what clients of the control socket ask.
 //!
 //! Decoding any bytes gives a record or `EPROTO`; a record encodes to at most as many bytes, which decode to it again.
 
+use pvgpu_host_proxy::control::Command;
 use pvgpu_protocol::Errno;
 use pvgpu_protocol::control::{Hello, HelloReply, Limits, RECORD_LIMIT, decode, encode};
 
@@ -28,4 +29,5 @@ pub fn run(bytes: &[u8]) {
     judge!(Hello<'_>, bytes);
     judge!(HelloReply<'_>, bytes);
     judge!(Limits, bytes);
+    judge!(Command, bytes);
 }

@@ -86,7 +86,7 @@ fn run(guest: &Path, png: &Path) -> Result<(), Box<dyn std::error::Error>> {
             .operations
             .iter()
             .filter(|(_, count)| *count > 0)
-            .map(|(name, count)| format!("{count} {name}"))
+            .map(|(operation, count)| format!("{count} {}", operation.name()))
             .collect();
         tell!(
             "  requests: {} ({}), {} interrupts",

@@ -45,7 +45,7 @@ fn landlock() -> Result<(), Failure> {
     // A thread's own, so that only it is restricted.
     let thread = std::thread::spawn(move || -> std::io::Result<Opens> {
         Ok(Opens {
-            restricted: files::restrict(&[Path::new("/dev/null")])?,
+            restricted: files::restrict(&[Path::new("/dev/null")], None)?,
             device: writes("/dev/null"),
             other: File::open(other).is_ok(),
             new: File::create(new).is_ok(),

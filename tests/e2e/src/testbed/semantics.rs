@@ -72,6 +72,10 @@ fn semantics(
 ) -> Result<(), Failure> {
     let trace = std::env::temp_dir().join("semantics.trace");
     let traced = trace.to_string_lossy();
+    let no_aperture = match options {
+        NO_APERTURE => " l2.no_aperture",
+        _ => "",
+    };
     let always = [
         "--doorbell",
         doorbell,
@@ -84,7 +88,7 @@ fn semantics(
         kernel,
         memory: "512M",
         cpus: "2",
-        parameters: &format!("l2.semantics={}", gpu.name),
+        parameters: &format!("l2.semantics={}{no_aperture}", gpu.name),
         gpu: &(gpu.argument)()?,
         options: &[&always[..], options].concat(),
     };

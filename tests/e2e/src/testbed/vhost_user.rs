@@ -2,11 +2,8 @@
 
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
-use std::time::Duration;
 
-use super::pictures::{
-    Drawing, Gpu, LIMIT, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on, equal, expected,
-};
+use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on};
 use super::{Failure, Test};
 use super::{linux, mesa};
 use crate::daemon::Daemon;
@@ -69,10 +66,6 @@ pub const TESTS: &[Test] = &[
         name: "the_daemon_serves_a_guest_as_a_user_who_may_use_the_node_and_nothing_else",
         run: unprivileged,
     },
-    Test {
-        name: "a_guest_draws_right_while_the_daemon_of_another_one_is_killed_again_and_again",
-        run: killed_daemons,
-    },
 ];
 
 /// Where L1 has the daemon.
@@ -80,9 +73,6 @@ const PROGRAM: &str = "/bin/pvgpu-proxyd";
 
 /// A user who owns nothing.
 const NOBODY: u32 = 65_534;
-
-/// How often a daemon is killed.
-const KILLS: usize = 10;
 
 /// A daemon with that GPU, and what mini-vmm's `--gpu` is told to use it.
 fn daemon(gpu: &Gpu, user: Option<u32>) -> Result<(Daemon, String), Failure> {
@@ -124,26 +114,4 @@ fn unprivileged() -> Result<(), Failure> {
     });
     chown(node, Some(owner.uid()), None)?;
     drawn
-}
-
-/// Each time, both guests draw at once; the moments go over the time that a picture takes.
-fn killed_daemons() -> Result<(), Failure> {
-    let expected = expected(&VIRTIO_GPU)?;
-    let (_kept, argument) = daemon(&VIRTIO_GPU, None)?;
-    let (mut killed, victims) = daemon(&VIRTIO_GPU, None)?;
-    for round in 0..KILLS {
-        let drawing = Drawing::start(&argument, &[])?;
-        let mut victim = Drawing::start(&victims, &[])?;
-        victim.guest.wait_for("step ", LIMIT)?;
-        std::thread::sleep(Duration::from_millis(20) * u32::try_from(round)?);
-        killed.kill()?;
-        equal(&expected, &drawing.picture(&expected)?)?;
-        // It has lost its GPU, or was done before: it does not hang.
-        victim.guest.wait(LIMIT)?;
-        killed.restart()?;
-    }
-    equal(
-        &expected,
-        &Drawing::start(&victims, &[])?.picture(&expected)?,
-    )
 }

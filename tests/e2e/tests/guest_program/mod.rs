@@ -28,13 +28,13 @@ pub fn guest() -> &'static Path {
     })
 }
 
-/// The daemon, built once, with what is built already of this workspace.
+/// The daemon, built once, with pvgpu-ctl beside it.
 #[allow(dead_code)] // not every test has one
 pub fn proxyd() -> &'static Path {
     static PROXYD: OnceLock<PathBuf> = OnceLock::new();
     PROXYD.get_or_init(|| {
         let target = Path::new(env!("CARGO_TARGET_TMPDIR")).join("proxyd");
-        let build = ["build", "--quiet", "--bin", "pvgpu-proxyd"];
+        let build = ["build", "--quiet", "--bins"];
         let status = Command::new(env!("CARGO"))
             .args(build)
             .args(["--package", "pvgpu-host-proxy", "--target-dir"])
