@@ -25,27 +25,35 @@ pub mod aperture;
 mod bell;
 pub mod call;
 pub mod cancel;
+#[doc(hidden)]
 pub mod choice;
+#[doc(hidden)]
 pub mod clock;
 pub mod control;
 mod descriptor;
+#[doc(hidden)]
 pub mod descriptors;
 pub mod device;
 pub mod driver;
 pub mod drm;
 mod event;
 #[cfg(feature = "landlock")]
+#[doc(hidden)]
 pub mod files;
 mod latency;
 pub mod limit;
 pub mod logging;
 pub mod monitor;
+#[doc(hidden)]
 pub mod privacy;
+#[doc(hidden)]
 pub mod rlimit;
 pub mod sandbox;
 pub mod session;
+#[doc(hidden)]
 pub mod setting;
 mod shadow;
+#[doc(hidden)]
 pub mod size;
 pub mod soft;
 pub mod statistics;
