@@ -77,7 +77,7 @@ pub struct Arguments {
     #[arg(
         long,
         value_name = "SECONDS",
-        default_value_t = 1500,
+        default_value_t = 3000,
         conflicts_with = "shell"
     )]
     time_limit: u64,
