@@ -91,6 +91,10 @@ fn what_cannot_be_done_is_said_in_one_line_with_the_remedy() {
         ),
         (&["--aperture", "1Q"], "256M"),
         (&["--queues", "0"], "--queues"),
+        (
+            &["--control", file, "--socket", "SOCKET"],
+            "is no socket: choose another path (--control SOCKET)",
+        ),
         (&["--log", "loud"], "write off, error, warn, info or debug"),
         (&["--sandbox", "maybe"], "--sandbox"),
     ] {
@@ -130,6 +134,7 @@ fn version_help_and_capabilities_are_printed_without_a_front_end() {
         "--limit",
         "--aperture",
         "--queues",
+        "--control",
         "--log",
         "--sandbox",
         "--print-capabilities",

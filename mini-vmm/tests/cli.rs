@@ -258,6 +258,11 @@ fn a_control_socket_that_cannot_be_is_refused() {
         &run(kernel.path(), &["--gpu", "none", "--control", path]),
         &["--control", "there is none"],
     );
+    let daemon = ["--gpu", "vhost-user:/nonexistent/gpu", "--control", path];
+    refused(
+        &run(kernel.path(), &daemon),
+        &["--control", "give it to the pvgpu-proxyd"],
+    );
     // What is refused for another reason leaves no socket behind.
     let socket = std::env::temp_dir().join(format!("mini-vmm-refused-{}", std::process::id()));
     let control = ["--control", socket.to_str().unwrap()];

@@ -43,7 +43,7 @@ pub mod feature {
 /// What a request asks for. A number that is not here is answered with `ENOSYS`.
 #[repr(u16)]
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
+#[serde(rename_all = "snake_case")]
 pub enum Operation {
     /// Opens the session: payload [`crate::control::Hello`], answered by [`crate::control::HelloReply`].
     Hello = 0,

@@ -12,9 +12,10 @@ use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_mini_vmm::Gpu;
 use pvgpu_protocol::control::decode_trace;
 use std::path::Path;
-use std::process::Command;
+use std::process::{Command, Stdio};
 use std::sync::Arc;
 use std::sync::mpsc::channel;
+use std::time::{Duration, Instant};
 
 /// The GPU of that daemon.
 fn gpu(daemon: &Daemon) -> Gpu {
@@ -91,6 +92,12 @@ fn ctl(socket: &Path, words: &[&str]) -> String {
     String::from_utf8(output.stdout).unwrap()
 }
 
+/// The session that it shows there.
+fn session(control: &Path) -> serde_json::Value {
+    let status = ctl(control, &["status", "--json"]);
+    serde_json::from_str::<serde_json::Value>(&status).unwrap()["session"].clone()
+}
+
 #[test]
 fn an_operator_sees_the_guest_of_a_daemon_come_and_go_and_records_what_it_asks() {
     if !with_kvm() {
@@ -99,11 +106,7 @@ fn an_operator_sees_the_guest_of_a_daemon_come_and_go_and_records_what_it_asks()
     let folder = tempfile::tempdir().unwrap();
     let (control, trace) = (folder.path().join("control"), folder.path().join("trace"));
     let daemon = Daemon::start(proxyd(), &["--control", control.to_str().unwrap()]).unwrap();
-    let session = || {
-        let status = ctl(&control, &["status", "--json"]);
-        serde_json::from_str::<serde_json::Value>(&status).unwrap()["session"].clone()
-    };
-    assert!(session().is_null());
+    assert!(session(&control).is_null());
     ctl(&control, &["trace", "start", trace.to_str().unwrap()]);
     let ((reached, middle), (seen, go_on)) = (channel(), channel::<()>());
     let line = move |line: &str| {
@@ -117,12 +120,12 @@ fn an_operator_sees_the_guest_of_a_daemon_come_and_go_and_records_what_it_asks()
     });
     middle.recv().unwrap();
     drop(middle);
-    assert_eq!(session()["state"], "open");
+    assert_eq!(session(&control)["state"], "open");
     drop(seen);
     let run = guest.join().unwrap();
     assert_eq!(run.outcome.exit_code, 0, "{:?}", run.lines);
     daemon.wait_for("the front end is gone").unwrap();
-    assert!(session().is_null());
+    assert!(session(&control).is_null());
     ctl(&control, &["trace", "stop"]);
     let trace = std::fs::read(trace).unwrap();
     let (mut rest, mut records) = (&trace[..], 0);
@@ -137,4 +140,38 @@ fn an_operator_sees_the_guest_of_a_daemon_come_and_go_and_records_what_it_asks()
         .find(|line| line.starts_with("pvgpu_requests_completed_total{"))
         .and_then(|line| line.rsplit(' ').next());
     assert_eq!(completed, Some(&*records.to_string()));
+}
+
+#[test]
+fn an_operator_sees_the_end_of_a_killed_mini_vmm_and_asks_the_next_daemon_at_the_same_socket() {
+    if !with_kvm() {
+        return;
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let control = folder.path().join("control");
+    let mut daemon = Daemon::start(proxyd(), &["--control", control.to_str().unwrap()]).unwrap();
+    let mut vmm = Command::new(proxyd().with_file_name("mini-vmm"))
+        .args(["run", "--kernel"])
+        .arg(guest())
+        .args(["--cmdline", "scenario=bench measure=nop rounds=100000000"])
+        .arg("--gpu")
+        .arg(format!("vhost-user:{}", daemon.socket().display()))
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    let deadline = Instant::now() + Duration::from_secs(60);
+    while session(&control)["state"] != "open" && Instant::now() < deadline {
+        std::thread::sleep(Duration::from_millis(10));
+    }
+    let seen = session(&control);
+    vmm.kill().unwrap();
+    vmm.wait().unwrap();
+    assert_eq!(seen["state"], "open");
+    daemon.wait_for("the front end is gone").unwrap();
+    assert!(session(&control).is_null());
+    daemon.kill().unwrap();
+    assert!(control.exists());
+    daemon.restart().unwrap();
+    assert!(session(&control).is_null());
 }

@@ -28,7 +28,7 @@ pub fn guest() -> &'static Path {
     })
 }
 
-/// The daemon, built once, with pvgpu-ctl beside it.
+/// The daemon, built once, with pvgpu-ctl and mini-vmm beside it.
 #[allow(dead_code)] // not every test has one
 pub fn proxyd() -> &'static Path {
     static PROXYD: OnceLock<PathBuf> = OnceLock::new();
@@ -37,11 +37,12 @@ pub fn proxyd() -> &'static Path {
         let build = ["build", "--quiet", "--bins"];
         let status = Command::new(env!("CARGO"))
             .args(build)
-            .args(["--package", "pvgpu-host-proxy", "--target-dir"])
+            .args(["--package", "pvgpu-host-proxy"])
+            .args(["--package", "pvgpu-mini-vmm", "--target-dir"])
             .arg(&target)
             .status()
             .expect("cargo can be started");
-        assert!(status.success(), "the daemon does not build");
+        assert!(status.success(), "the programs do not build");
         target.join("debug/pvgpu-proxyd")
     })
 }
