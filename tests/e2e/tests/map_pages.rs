@@ -344,7 +344,7 @@ fn nothing_is_copied_once_a_mapping_is_removed_or_the_session_has_ended() {
     let result = guest
         .session
         .ioctl(file, virtio_gpu::WAIT, address, &mut guest.caller);
-    assert_eq!(result, Err(Errno::EPROTO));
+    assert_eq!(result, Err(Errno::ENODEV));
     assert_eq!(guest.read(2), *b"drawn");
 }
 
