@@ -173,12 +173,11 @@ fn all_of_it_is_in_prometheus_text_format_and_in_the_manual() {
 
     let manual = concat!(env!("CARGO_MANIFEST_DIR"), "/../docs/operations.md");
     let manual = std::fs::read_to_string(manual).unwrap();
-    let rows = manual.lines().filter_map(|line| line.strip_prefix("| `"));
+    let (_, chapter) = manual.split_once("\n## Prometheus\n").unwrap();
+    let (chapter, _) = chapter.split_once("\n## ").unwrap();
+    let rows = chapter.lines().filter_map(|line| line.strip_prefix("| `"));
     let names = rows.filter_map(|row| row.split('`').next());
-    let named: BTreeSet<_> = names
-        .filter(|name| name.starts_with("pvgpu_") && !name.contains("::"))
-        .map(str::to_owned)
-        .collect();
+    let named: BTreeSet<_> = names.map(str::to_owned).collect();
     assert_eq!(
         types.keys().cloned().collect::<BTreeSet<_>>(),
         named,
@@ -190,13 +189,20 @@ fn all_of_it_is_in_prometheus_text_format_and_in_the_manual() {
 fn timed() -> Statistics {
     use pvgpu_host_proxy::session::{RESPONSE_HEADER, Session};
     use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+    use pvgpu_protocol::control::{Hello, encode};
     use pvgpu_protocol::wire::{Operation, RequestHeader};
     use zerocopy::IntoBytes;
     let driver = SoftDriver::new(SoftConfig::default()).unwrap();
     let session = Session::new(std::sync::Arc::new(driver), None, Default::default());
-    let nop = RequestHeader::new(Operation::Nop, 0, 1);
-    for _ in 0..100 {
-        let response = session.perform(nop.as_bytes(), RESPONSE_HEADER, || unreachable!());
+    let mut hello = RequestHeader::new(Operation::Hello, 0, 0)
+        .as_bytes()
+        .to_vec();
+    let mut record = [0; 64];
+    let length = encode(&Hello::new("timed"), &mut record).unwrap();
+    hello.extend(&record[..length]);
+    let nop = RequestHeader::new(Operation::Nop, 0, 1).as_bytes().to_vec();
+    for request in std::iter::once(hello).chain(std::iter::repeat_n(nop, 100)) {
+        let response = session.perform(&request, RESPONSE_HEADER + 4096, || unreachable!());
         assert_eq!(response.unwrap().result(), 0);
     }
     session.statistics()
