@@ -93,7 +93,7 @@ impl Open {
     fn lose(&self, file: &File) -> io::Result<()> {
         match self.loss {
             Loss::CutOff => file.set_len(0),
-            Loss::NoAccess => forbid(file.metadata()?.ino()),
+            Loss::NoAccess => forbid(&file.metadata()?),
         }
     }
 
@@ -103,16 +103,22 @@ impl Open {
     }
 }
 
-/// Takes all access from the mappings of the file with this number: those in the aperture, there are no others.
-fn forbid(inode: u64) -> io::Result<()> {
+/// Takes all access from the mappings of this file: those in the aperture, there are no others. Files of other file systems may have
+/// its number, those of this program's own code among them.
+fn forbid(file: &fs::Metadata) -> io::Result<()> {
+    let device = format!(
+        "{:02x}:{:02x}",
+        libc::major(file.dev()),
+        libc::minor(file.dev())
+    );
     let maps = fs::read_to_string("/proc/self/maps")?;
     // 7f00..-7f01.. rw-s 00000000 fe:00 1234 /tmp/..
     for line in maps.lines() {
         let words: Vec<&str> = line.split_whitespace().collect();
-        let [range, _, _, _, number, ..] = words.as_slice() else {
+        let [range, _, _, on, number, ..] = words.as_slice() else {
             continue;
         };
-        if number.parse() != Ok(inode) {
+        if *on != device || number.parse() != Ok(file.ino()) {
             continue;
         }
         let ends = range.split_once('-').map(|(start, end)| {
