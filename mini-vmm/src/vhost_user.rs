@@ -561,7 +561,7 @@ impl Backend for FrontEnd {
         }
     }
 
-    /// A daemon has no way to say so; when it is gone, [`Guest::device_lost`] does.
+    /// A daemon has no way to say so; of one that is gone the transport hears from who looks after the connection.
     fn needs_reset(&self) -> bool {
         false
     }
