@@ -43,7 +43,8 @@ impl Ended {
     }
 }
 
-/// The last lines; or all since a guest's kernel began to complain, which says more.
+/// The last lines; or all since a guest's kernel began to complain, which says more, and what was last before: a first process that
+/// has failed says why, and then the kernel panics.
 fn tail(output: &str) -> String {
     const COMPLAINTS: &[&str] = &[
         "cut here",
@@ -60,7 +61,9 @@ fn tail(output: &str) -> String {
         .collect();
     let complains = |line: &&str| COMPLAINTS.iter().any(|words| line.contains(words));
     let last = lines.len().saturating_sub(4);
-    let first = lines.iter().position(complains).unwrap_or(last).min(last);
+    let before = |complaint: usize| complaint.saturating_sub(4);
+    let first = lines.iter().position(complains).map_or(last, before);
+    let first = first.min(last);
     match lines.split_at(first).1 {
         [] => "it wrote nothing".to_owned(),
         last => format!("it wrote at last `{}`", last.join(" | ")),
