@@ -57,6 +57,10 @@ pub struct Arguments {
     #[arg(long)]
     keep_going: bool,
 
+    /// Run each test that has failed once more, in a machine of its own, and let that count; implies --keep-going
+    #[arg(long)]
+    again: bool,
+
     /// Print one JSON object on standard output instead of a line per test
     #[arg(long)]
     json: bool,
@@ -283,23 +287,16 @@ fn prepare_with(l1: &str, l2: Option<&Path>) -> Result<Machine, Error> {
 
 /// Runs the tests. Gives the task's exit code.
 fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
-    let mut words = vec!["l1-tests"];
-    if arguments.keep_going {
-        words.push("--keep-going");
-    }
-    if let Some(filter) = &arguments.filter {
-        words.extend(["--filter", filter]);
-    }
     let started = Instant::now();
-    let mut report = Report::default();
-    let ended = machine.run(&words, Duration::from_secs(arguments.time_limit), |line| {
-        if report.line(line) && !arguments.json {
-            say!("{line}");
+    let mut report = attempt(machine, arguments, arguments.filter.as_deref())?;
+    if arguments.again {
+        for name in report.failed() {
+            progress(format_args!("{name} once more, in a machine of its own"));
+            if attempt(machine, arguments, Some(&name))?.passed() {
+                report.passed_later(&name);
+            }
         }
-    })?;
-    report.exit(code(machine, ended, arguments.time_limit, || {
-        report.doing()
-    })?);
+    }
     if arguments.json {
         say!("{}", report.json(&machine.version, started.elapsed()));
     } else {
@@ -310,6 +307,31 @@ fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
         );
     }
     Ok(u8::from(!report.passed()))
+}
+
+/// Runs the tests whose names contain the filter in a machine that is started for them.
+fn attempt(
+    machine: &Machine,
+    arguments: &Arguments,
+    filter: Option<&str>,
+) -> Result<Report, Error> {
+    let mut words = vec!["l1-tests"];
+    if arguments.keep_going || arguments.again {
+        words.push("--keep-going");
+    }
+    if let Some(filter) = filter {
+        words.extend(["--filter", filter]);
+    }
+    let mut report = Report::default();
+    let ended = machine.run(&words, Duration::from_secs(arguments.time_limit), |line| {
+        if report.line(line) && !arguments.json {
+            say!("{line}");
+        }
+    })?;
+    report.exit(code(machine, ended, arguments.time_limit, || {
+        report.doing()
+    })?);
+    Ok(report)
 }
 
 /// Runs one command of L1 and prints what it writes. Gives the command's exit code.
