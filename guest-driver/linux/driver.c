@@ -497,6 +497,9 @@ static void pvgpu_stop(struct pvgpu *device)
 	}
 	synchronize_rcu();
 	virtio_reset_device(device->virtio);
+	/* Before anybody hears of it: whoever has, finds no memory of the session any more. */
+	if (device->node)
+		pvgpu_memory_forget(device);
 	for (index = 0; index < device->queue_count; index++) {
 		struct pvgpu_queue *queue = &device->queues[index];
 
@@ -600,8 +603,6 @@ static void pvgpu_session_end(struct pvgpu *device)
 	device->session = NULL;
 	pvgpu_stop(device);
 	pvgpu_memory_free(device);
-	if (device->node)
-		pvgpu_memory_forget(device);
 	pvgpu_session_put(session);
 }
 

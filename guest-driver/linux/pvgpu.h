@@ -149,7 +149,7 @@ void pvgpu_memory_find(struct pvgpu *device);
 /* After the device was reset. */
 void pvgpu_memory_free(struct pvgpu *device);
 int pvgpu_map(struct pvgpu_file *file, struct vm_area_struct *vma);
-/* After a session has ended: takes its mappings from all processes. */
+/* When a session is over: takes its mappings from all processes. */
 void pvgpu_memory_forget(struct pvgpu *device);
 
 /* driver.c, for the others */
