@@ -75,11 +75,16 @@ impl DeviceHost {
             request_queues: 1,
             ..config
         };
-        let aperture = aperture.then(|| Aperture::reserve(APERTURE)).transpose()?;
-        let device = Device::new(driver, aperture, config)?;
+        let device = Device::new(driver, reserved(aperture)?, config)?;
         let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), MEMORY)]);
         let memory = GuestMemoryAtomic::new(memory.map_err(io::Error::other)?);
         Ok(Self { device, memory })
+    }
+
+    /// Gives the device an aperture or takes it away, as a front end does that comes or goes. The session ends.
+    pub fn set_aperture(&mut self, aperture: bool) -> io::Result<()> {
+        self.device.set_aperture(reserved(aperture)?);
+        Ok(())
     }
 
     /// Starts a new session, after the end of the one before.
@@ -113,6 +118,10 @@ impl DeviceHost {
     pub fn device(&self) -> &Device {
         &self.device
     }
+}
+
+fn reserved(aperture: bool) -> io::Result<Option<Aperture>> {
+    aperture.then(|| Aperture::reserve(APERTURE)).transpose()
 }
 
 fn queue_at(base: u64) -> Queue {

@@ -1,14 +1,17 @@
 //! Mapping with pages of the guest, for a guest without an aperture: what reaches the host at which ioctl, what comes back, and
 //! what never does.
 
+use pvgpu_e2e::device_channel::DeviceHost;
 use pvgpu_e2e::gate::GateDriver;
 use pvgpu_e2e::loopback::Loopback;
 use pvgpu_e2e::recording::{Record, Recording, STRIDE};
 use pvgpu_guest_driver::flat::Flat;
 use pvgpu_guest_driver::session::{Mapping, ObjectId, Session};
 use pvgpu_host_proxy::aperture::Aperture;
+use pvgpu_host_proxy::device::DeviceConfig;
 use pvgpu_host_proxy::limit::Limit;
 use pvgpu_host_proxy::session::Session as HostSession;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::family::core::{self, GemClose, PrimeFdToHandle, PrimeHandleToFd};
@@ -517,4 +520,16 @@ fn only_a_guest_that_can_and_a_driver_with_points_of_synchronization_have_it_and
         (&response[8..12], &response[16..18]),
         (&[0; 4][..], &[1, 0][..])
     );
+}
+
+#[test]
+fn a_device_takes_pages_of_the_guest_exactly_while_it_has_no_aperture() {
+    let driver = Arc::new(SoftDriver::new(SoftConfig::default()).unwrap());
+    let mut host = DeviceHost::with_aperture(driver, DeviceConfig::default(), false).unwrap();
+    for aperture in [false, true, false] {
+        host.set_aperture(aperture).unwrap();
+        let session = Session::connect(host.activate().unwrap(), "test").unwrap();
+        let says = session.host();
+        assert_eq!((says.aperture > 0, says.maps_pages), (aperture, !aperture));
+    }
 }
