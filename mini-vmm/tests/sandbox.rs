@@ -32,11 +32,11 @@ struct Running {
 }
 
 impl Running {
-    /// Starts `program` with these arguments, as that user of that group if they are given, and waits until its guest runs.
-    fn start(program: &Path, arguments: &[&str], user: Option<(u32, u32)>) -> Self {
+    /// Starts `program` with these arguments, as that user if one is given, and waits until its guest runs.
+    fn start(program: &Path, arguments: &[&str], user: Option<u32>) -> Self {
         let mut command = Command::new(program);
-        if let Some((user, group)) = user {
-            command.uid(user).gid(group);
+        if let Some(user) = user {
+            command.uid(user).gid(user);
         }
         Self::start_by(&mut command, arguments)
     }
@@ -175,14 +175,22 @@ fn another_process_of_the_same_user_reaches_neither_memory_nor_descriptors_of_mi
         user, 0,
         "this test starts processes of another user: run it as root"
     );
-    // A copy where that user can start it, in the group that may use KVM.
+    // A copy where that user can start it, and a node of KVM that it may use.
     let folder = std::env::temp_dir().join(format!("mini-vmm-nobody-{}", std::process::id()));
     fs::create_dir(&folder).unwrap();
     fs::set_permissions(&folder, Permissions::from_mode(0o755)).unwrap();
     let copy = folder.join("mini-vmm");
     fs::copy(program(), &copy).unwrap();
-    let group = fs::metadata("/dev/kvm").unwrap().gid();
-    let running = Running::start(&copy, &[], Some((NOBODY, group)));
+    let (kvm, number) = (folder.join("kvm"), fs::metadata("/dev/kvm").unwrap().rdev());
+    let (major, minor) = (libc::major(number), libc::minor(number));
+    let mut mknod = Command::new("/bin/mknod");
+    let mknod = mknod
+        .arg(&kvm)
+        .args(["c".into(), major.to_string(), minor.to_string()]);
+    assert!(mknod.status().unwrap().success(), "{kvm:?}");
+    std::os::unix::fs::chown(&kvm, Some(NOBODY), None).unwrap();
+    let kvm = ["--kvm", kvm.to_str().unwrap()];
+    let running = Running::start(&copy, &kvm, Some(NOBODY));
     fs::remove_dir_all(&folder).unwrap();
     for file in ["mem", "maps", "environ", "fd/0", "fd/1"] {
         let path = running.proc(file);
