@@ -4,7 +4,7 @@
 
 use std::ops::Deref;
 use virtio_queue::DescriptorChain;
-use vm_memory::{Bytes, GuestAddress, GuestMemoryMmap};
+use vm_memory::{Bytes, GuestAddress, GuestMemory};
 
 /// Where a response goes.
 pub(crate) struct Writable {
@@ -30,7 +30,7 @@ pub(crate) fn copy_in<M>(
     limit: usize,
 ) -> Result<(Writable, usize), (u16, Malformed)>
 where
-    M: Deref<Target = GuestMemoryMmap> + Clone,
+    M: Deref<Target: GuestMemory> + Clone,
 {
     let head = chain.head_index();
     let mut writable = Writable {
@@ -82,7 +82,7 @@ impl Writable {
     /// guest named that place itself.
     pub(crate) fn write(
         &self,
-        memory: &GuestMemoryMmap,
+        memory: &impl GuestMemory,
         mut offset: usize,
         mut bytes: &[u8],
     ) -> Result<(), Malformed> {

@@ -167,8 +167,12 @@ pub enum ActivateError {
     Thread(#[from] io::Error),
 }
 
-/// A paravirtual GPU.
-pub struct Device {
+/// A paravirtual GPU for guests whose memory is an `M`: any of `vm-memory`'s, with a bitmap of what the device has written
+/// (`GuestMemoryAtomic<GuestMemoryMmap<AtomicBitmap>>`) or without one.
+pub struct Device<M = GuestMemoryAtomic<GuestMemoryMmap>>
+where
+    M: GuestAddressSpace + Send + Sync + 'static,
+{
     driver: Arc<dyn HostDriver>,
     aperture: Option<Arc<Aperture>>,
     /// For mappings with pages of the guest; none with an aperture.
@@ -185,14 +189,14 @@ pub struct Device {
     off: Arc<AtomicBool>,
     system_calls: Vec<Allowed>,
     filter: Filter,
-    active: Option<Active>,
+    active: Option<Active<M>>,
 }
 
 /// What exists between activation and reset.
-struct Active {
+struct Active<M> {
     session: Arc<Session>,
-    queues: Vec<Arc<RequestQueue>>,
-    events: Arc<EventQueue>,
+    queues: Vec<Arc<RequestQueue<M>>>,
+    events: Arc<EventQueue<M>>,
     threads: Vec<JoinHandle<()>>,
     /// Whether the guest has accepted VIRTIO_F_EVENT_IDX.
     event_idx: bool,
@@ -201,14 +205,14 @@ struct Active {
 }
 
 /// A request queue and where its responses go.
-struct RequestQueue {
-    ring: Virtqueue,
+struct RequestQueue<M> {
+    ring: Virtqueue<M>,
     /// Where requests are copied to, while no thread is at it.
     buffer: Mutex<Vec<u8>>,
     trace: Arc<Trace>,
 }
 
-impl Device {
+impl<M: GuestAddressSpace + Send + Sync + 'static> Device<M> {
     /// A device that is not active yet. Fails when the eventfds of its queues cannot be had, or the sandbox.
     pub fn new(
         driver: Arc<dyn HostDriver>,
@@ -289,7 +293,7 @@ impl Device {
     /// made ready are left alone.
     pub fn activate(
         &mut self,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        memory: M,
         features: u64,
         queues: Vec<Queue>,
         interrupt: Arc<dyn Interrupt>,
@@ -516,13 +520,13 @@ impl Device {
     }
 }
 
-impl Drop for Device {
+impl<M: GuestAddressSpace + Send + Sync + 'static> Drop for Device<M> {
     fn drop(&mut self) {
         self.reset();
     }
 }
 
-impl RequestQueue {
+impl<M: GuestAddressSpace + Send + Sync + 'static> RequestQueue<M> {
     /// The queue's thread: handles requests, polls for more, then sleeps until the doorbell rings.
     fn serve(self: &Arc<Self>, session: &Session, bell: &Bell, longest: Duration) {
         let mut buffer = Vec::new();
@@ -635,7 +639,7 @@ impl RequestQueue {
     }
 
     /// Writes a response and puts its chain into the used ring.
-    fn complete(&self, memory: &GuestMemoryMmap, writable: &Writable, response: &Response) {
+    fn complete(&self, memory: &M::M, writable: &Writable, response: &Response) {
         let written = response.write(|offset, bytes| writable.write(memory, offset, bytes));
         let length = match written {
             Ok(()) => u32::try_from(response.length()).unwrap_or(0),

@@ -11,16 +11,17 @@ use crate::virtqueue::Virtqueue;
 use std::collections::VecDeque;
 use std::sync::atomic::Ordering;
 use std::sync::{Mutex, PoisonError};
+use vm_memory::GuestAddressSpace;
 use zerocopy::IntoBytes;
 
 /// The event queue of an active device.
-pub(crate) struct EventQueue {
-    ring: Virtqueue,
+pub(crate) struct EventQueue<M> {
+    ring: Virtqueue<M>,
     /// Events that the guest has given no buffer for. Whoever delivers holds the lock, so that none overtakes another.
     kept: Mutex<VecDeque<Pending>>,
 }
 
-impl Reporter for EventQueue {
+impl<M: GuestAddressSpace + Send + Sync> Reporter for EventQueue<M> {
     fn is_there(&self) -> bool {
         self.ring.ready()
     }
@@ -33,9 +34,9 @@ impl Reporter for EventQueue {
     }
 }
 
-impl EventQueue {
+impl<M: GuestAddressSpace> EventQueue<M> {
     /// The guest is asked for doorbells only when an event needs a buffer.
-    pub(crate) fn new(ring: Virtqueue) -> Self {
+    pub(crate) fn new(ring: Virtqueue<M>) -> Self {
         ring.set_notification(false);
         Self {
             ring,
@@ -43,7 +44,7 @@ impl EventQueue {
         }
     }
 
-    pub(crate) fn ring(&self) -> &Virtqueue {
+    pub(crate) fn ring(&self) -> &Virtqueue<M> {
         &self.ring
     }
 
@@ -86,7 +87,7 @@ impl EventQueue {
         let head = chain.head_index();
         // Readable bytes have no place here.
         let place = copy_in(chain, &mut Vec::new(), 0).ok();
-        let written = place.filter(|(writable, _)| writable.write(&memory, 0, bytes).is_ok());
+        let written = place.filter(|(writable, _)| writable.write(&*memory, 0, bytes).is_ok());
         if written.is_none() {
             self.ring.discard(&memory, head);
             return Some(false);

@@ -30,7 +30,7 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock, Weak};
 use std::time::{Duration, Instant, SystemTime};
-use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 use zerocopy::little_endian::U32;
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
@@ -422,7 +422,7 @@ impl Session {
     /// may watch.
     pub fn without_aperture(
         driver: Arc<dyn HostDriver>,
-        memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        memory: impl GuestAddressSpace + Send + Sync + 'static,
         limits: Limits,
         report: Option<Report>,
     ) -> io::Result<Self> {

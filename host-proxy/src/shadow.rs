@@ -21,10 +21,7 @@ use std::io;
 use std::ops::Range;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use view::View;
-use vm_memory::{
-    Bytes, GuestAddress, GuestAddressSpace, GuestMemory, GuestMemoryAtomic, GuestMemoryMmap,
-    Permissions,
-};
+use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemory, Permissions};
 
 /// How many bytes are copied at once: that much memory the proxy has for it. (Greater ones leave the processor's cache.)
 const CHUNK: usize = 128 << 10;
@@ -32,8 +29,32 @@ const CHUNK: usize = 128 << 10;
 /// What all shadows of a guest share.
 #[derive(Clone)]
 pub(crate) struct Pages {
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: Arc<dyn Ram>,
     scratch: Arc<Scratch>,
+}
+
+/// The memory of a guest, whatever type its VMM has for it.
+trait Ram: Send + Sync {
+    fn has(&self, address: GuestAddress, length: usize) -> bool;
+    /// Whether all of it could be read.
+    fn read(&self, bytes: &mut [u8], address: GuestAddress) -> bool;
+    /// Writes what there is memory for.
+    fn write(&self, bytes: &[u8], address: GuestAddress);
+}
+
+impl<M: GuestAddressSpace + Send + Sync> Ram for M {
+    fn has(&self, address: GuestAddress, length: usize) -> bool {
+        self.memory()
+            .check_range(address, length, Permissions::ReadWrite)
+    }
+
+    fn read(&self, bytes: &mut [u8], address: GuestAddress) -> bool {
+        self.memory().read_slice(bytes, address).is_ok()
+    }
+
+    fn write(&self, bytes: &[u8], address: GuestAddress) {
+        let _ = self.memory().write_slice(bytes, address);
+    }
 }
 
 /// Where bytes rest between an object and the proxy.
@@ -79,15 +100,19 @@ impl Scratch {
 }
 
 impl Pages {
-    pub(crate) fn new(memory: GuestMemoryAtomic<GuestMemoryMmap>, scratch: &Arc<Scratch>) -> Self {
-        let scratch = Arc::clone(scratch);
-        Self { memory, scratch }
+    pub(crate) fn new(
+        memory: impl GuestAddressSpace + Send + Sync + 'static,
+        scratch: &Arc<Scratch>,
+    ) -> Self {
+        Self {
+            memory: Arc::new(memory),
+            scratch: Arc::clone(scratch),
+        }
     }
 
     /// The pages of a mapping of `length` bytes. `EINVAL` unless they are whole and exactly so many, `EFAULT` when they are not
     /// memory of the guest.
     fn pieces(&self, ranges: &[PageRange], length: usize) -> Result<Vec<Piece>, Errno> {
-        let memory = self.memory.memory();
         let mut pieces = Vec::with_capacity(ranges.len());
         let mut end = 0usize;
         for range in ranges {
@@ -105,7 +130,7 @@ impl Pages {
                 .checked_add(bytes)
                 .filter(|end| *end <= length)
                 .ok_or(Errno::EINVAL)?;
-            if !memory.check_range(address, bytes, Permissions::ReadWrite) {
+            if !self.memory.has(address, bytes) {
                 return Err(Errno::EFAULT);
             }
             let range = start..end;
@@ -246,7 +271,6 @@ impl Shadow {
 
     /// Reads bytes of the mapping out of the guest's pages.
     fn read_guest(&self, start: usize, bytes: &mut [u8]) -> bool {
-        let memory = self.pages.memory.memory();
         let mut rest = bytes;
         let mut at = start;
         while !rest.is_empty() {
@@ -256,7 +280,7 @@ impl Shadow {
             let Some((now, later)) = rest.split_at_mut_checked(length) else {
                 return false;
             };
-            if memory.read_slice(now, address).is_err() {
+            if !self.pages.memory.read(now, address) {
                 return false;
             }
             (rest, at) = (later, at + length);
@@ -267,14 +291,13 @@ impl Shadow {
     /// Writes bytes of the mapping into the guest's pages. Where the guest has no memory any more they are lost: it named the
     /// place itself.
     fn write_guest(&self, start: usize, bytes: &[u8]) {
-        let memory = self.pages.memory.memory();
         let mut rest = bytes;
         let mut at = start;
         while let Some((address, length)) = self.place(at, rest.len()) {
             let Some((now, later)) = rest.split_at_checked(length) else {
                 return;
             };
-            let _ = memory.write_slice(now, address);
+            self.pages.memory.write(now, address);
             (rest, at) = (later, at + length);
         }
     }

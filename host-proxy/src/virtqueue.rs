@@ -8,7 +8,7 @@ use crate::statistics::Counters;
 use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use virtio_queue::{DescriptorChain, Queue, QueueT};
-use vm_memory::{GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::GuestAddressSpace;
 
 /// How the device interrupts its guest.
 pub trait Interrupt: Send + Sync {
@@ -20,8 +20,8 @@ pub trait Interrupt: Send + Sync {
 
 /// What the queues of a device have in common.
 #[derive(Clone)]
-pub(crate) struct Shared {
-    pub(crate) memory: GuestMemoryAtomic<GuestMemoryMmap>,
+pub(crate) struct Shared<M> {
+    pub(crate) memory: M,
     pub(crate) interrupt: Arc<dyn Interrupt>,
     pub(crate) counters: Arc<Counters>,
     /// Set when the guest has broken a ring: the device needs a reset.
@@ -33,16 +33,16 @@ pub(crate) struct Shared {
 }
 
 /// A queue that the guest has set up, or has left alone.
-pub(crate) struct Virtqueue {
+pub(crate) struct Virtqueue<M> {
     pub(crate) index: u16,
-    pub(crate) shared: Shared,
+    pub(crate) shared: Shared<M>,
     queue: Mutex<Queue>,
     /// The guest has not set the queue up, or has broken its ring: left alone until the next activation.
     ignored: AtomicBool,
 }
 
-impl Virtqueue {
-    pub(crate) fn new(index: u16, queue: Queue, shared: Shared) -> Self {
+impl<M: GuestAddressSpace> Virtqueue<M> {
+    pub(crate) fn new(index: u16, queue: Queue, shared: Shared<M>) -> Self {
         let ignored = AtomicBool::new(!queue.ready());
         Self {
             index,
@@ -53,7 +53,7 @@ impl Virtqueue {
     }
 
     /// The guest's memory as it is now.
-    pub(crate) fn memory(&self) -> impl Clone + std::ops::Deref<Target = GuestMemoryMmap> {
+    pub(crate) fn memory(&self) -> M::T {
         self.shared.memory.memory()
     }
 
@@ -105,7 +105,7 @@ impl Virtqueue {
     }
 
     /// How many chains are there now. A guest that says that there are more than its ring can hold has broken it.
-    pub(crate) fn available(&self, memory: &GuestMemoryMmap) -> u16 {
+    pub(crate) fn available(&self, memory: &M::M) -> u16 {
         if self.ignored.load(Ordering::Relaxed) {
             return 0;
         }
@@ -140,22 +140,19 @@ impl Virtqueue {
     }
 
     /// The next chain. Ask [`Virtqueue::available`] before.
-    pub(crate) fn pop<'a>(
-        &self,
-        memory: &'a GuestMemoryMmap,
-    ) -> Option<DescriptorChain<&'a GuestMemoryMmap>> {
+    pub(crate) fn pop<'a>(&self, memory: &'a M::M) -> Option<DescriptorChain<&'a M::M>> {
         self.lock().pop_descriptor_chain(memory)
     }
 
     /// Returns a chain that means nothing.
-    pub(crate) fn discard(&self, memory: &GuestMemoryMmap, head: u16) {
+    pub(crate) fn discard(&self, memory: &M::M, head: u16) {
         self.counters().malformed.fetch_add(1, Ordering::Relaxed);
         self.add_used(memory, head, 0);
         self.interrupt(memory);
     }
 
     /// Puts a chain into the used ring, unless the device is being reset.
-    pub(crate) fn add_used(&self, memory: &GuestMemoryMmap, head: u16, length: u32) {
+    pub(crate) fn add_used(&self, memory: &M::M, head: u16, length: u32) {
         let mut queue = self.lock();
         if self.closing() {
             return;
@@ -167,7 +164,7 @@ impl Virtqueue {
     }
 
     /// Interrupts the guest if it has asked for that.
-    pub(crate) fn interrupt(&self, memory: &GuestMemoryMmap) {
+    pub(crate) fn interrupt(&self, memory: &M::M) {
         fence(Ordering::SeqCst);
         let wanted = self.lock().needs_notification(memory).unwrap_or(true);
         if wanted && !self.closing() {

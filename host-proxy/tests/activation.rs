@@ -51,7 +51,7 @@ fn an_activation_that_fails_half_way_leaves_no_thread_behind() {
     };
     let driver = SoftDriver::new(SoftConfig::default()).unwrap();
     let mut device = Device::new(Arc::new(driver), None, config).unwrap();
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 4 << 20)]).unwrap();
     let queue = |base: u64, ready| {
         let mut queue = Queue::new(16).unwrap();
         queue.set_size(16);

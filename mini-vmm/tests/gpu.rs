@@ -9,7 +9,7 @@ use std::sync::Arc;
 use kernels::with_kvm;
 use machine::boot;
 use pvgpu_host_proxy::Errno;
-use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
+use pvgpu_host_proxy::device::{Device, DeviceConfig, Doorbell};
 use pvgpu_host_proxy::driver::{HostDriver, HostObject, Identity};
 use pvgpu_mini_vmm::{DumpTarget, Ending, Gpu, Outcome, Transport, layout, virtio_mmio};
 
@@ -92,7 +92,7 @@ fn pvgpu_host_proxy_magic() -> u32 {
     let Gpu::InProcess { driver, device, .. } = gpu else {
         panic!("{gpu:?}");
     };
-    let device = pvgpu_host_proxy::device::Device::new(driver, None, device).unwrap();
+    let device: Device = Device::new(driver, None, device).unwrap();
     let mut word = [0; 4];
     device.read_config(0, &mut word);
     assert_ne!(word, [0; 4]);

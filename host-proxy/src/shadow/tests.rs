@@ -5,6 +5,7 @@ use std::fs::File;
 use std::os::unix::fs::FileExt;
 use std::sync::atomic::{AtomicU32, Ordering};
 use std::thread;
+use vm_memory::GuestMemoryMmap;
 
 const PAGE: u64 = PAGE_SIZE;
 /// Pages of guest memory.
@@ -29,9 +30,9 @@ fn object(pages: u64) -> File {
 
 fn pages() -> Pages {
     let ram = usize::try_from(RAM * PAGE).unwrap();
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), ram)]).unwrap();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), ram)]).unwrap();
     let scratch = Arc::new(Scratch::new().unwrap());
-    Pages::new(GuestMemoryAtomic::new(memory), &scratch)
+    Pages::new(Arc::new(memory), &scratch)
 }
 
 fn ranges(ranges: &[(u64, u64)]) -> Vec<PageRange> {
@@ -54,16 +55,12 @@ fn shadow(pages: &Pages, file: &File, at: &[(u64, u64)], writable: bool) -> Resu
 
 fn guest(pages: &Pages, address: u64, length: usize) -> Vec<u8> {
     let mut bytes = vec![0; length];
-    let memory = pages.memory.memory();
-    memory
-        .read_slice(&mut bytes, GuestAddress(address))
-        .unwrap();
+    assert!(pages.memory.read(&mut bytes, GuestAddress(address)));
     bytes
 }
 
 fn write(pages: &Pages, address: u64, bytes: &[u8]) {
-    let memory = pages.memory.memory();
-    memory.write_slice(bytes, GuestAddress(address)).unwrap();
+    pages.memory.write(bytes, GuestAddress(address));
 }
 
 fn content(file: &File, offset: u64, length: usize) -> Vec<u8> {

@@ -158,7 +158,7 @@ pub fn open_and_end(driver: &Arc<dyn HostDriver>, state: State, end: End) -> Res
     };
     match end {
         End::Dropped if state == State::MappedPages => {
-            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]);
+            let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]);
             let memory = GuestMemoryAtomic::new(memory.map_err(|error| error.to_string())?);
             let session = HostSession::without_aperture(Arc::clone(driver), memory, LIMITS, None);
             let session = session.map_err(|error| error.to_string())?;

@@ -17,7 +17,11 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::bitmap::{AtomicBitmap, NewBitmap};
+use vm_memory::{
+    Bytes, GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
+    MmapRegion,
+};
 use zerocopy::{FromBytes, FromZeros, IntoBytes};
 
 const MEMORY: usize = 1 << 20;
@@ -40,6 +44,11 @@ const EVENT_IDX: u64 = 1 << 29;
 /// The answer to what comes before a hello.
 const NO_HELLO: i32 = -Errno::ENOTCONN.number();
 
+/// What a VMM may have beside its guest's memory: a bitmap of what has been written, or nothing.
+trait Memory: NewBitmap + Send + Sync + 'static {}
+
+impl<B: NewBitmap + Send + Sync + 'static> Memory for B {}
+
 /// Interrupts of the two queues, then those that say that the status has changed.
 #[derive(Default)]
 struct Interrupts(AtomicUsize, AtomicUsize, AtomicUsize);
@@ -54,10 +63,10 @@ impl Interrupt for Interrupts {
     }
 }
 
-struct Machine {
-    device: Device,
+struct Machine<B: Memory = ()> {
+    device: Device<GuestMemoryAtomic<GuestMemoryMmap<B>>>,
     record: Arc<Record>,
-    memory: GuestMemoryAtomic<GuestMemoryMmap>,
+    memory: GuestMemoryAtomic<GuestMemoryMmap<B>>,
     interrupts: Arc<Interrupts>,
     /// Chains made available so far.
     submitted: u16,
@@ -94,7 +103,9 @@ impl Machine {
         assert_eq!((machine.result(0), machine.result(1)), (0, 1));
         (machine, gate)
     }
+}
 
+impl<B: Memory> Machine<B> {
     fn inactive(doorbell: Doorbell, driver: Arc<dyn HostDriver>, record: Arc<Record>) -> Self {
         let config = DeviceConfig {
             queue_size: QUEUE_SIZE,
@@ -345,6 +356,28 @@ fn inline_requests_are_answered_before_the_doorbell_returns() {
         (2, 0, 1)
     );
     assert_eq!(machine.record.open(), 1);
+}
+
+#[test]
+fn a_vmm_that_tracks_dirty_pages_learns_which_ones_the_device_has_written() {
+    let mut machine: Machine<AtomicBitmap> = Machine::inactive(
+        Doorbell::Inline,
+        Arc::new(Recording::default()),
+        Arc::default(),
+    );
+    machine.activate(VERSION_1).unwrap();
+    machine.hello();
+    let memory = machine.memory.memory();
+    let region: &MmapRegion<_> = memory.iter().next().unwrap();
+    let bitmap = region.bitmap();
+    // What the guest has written so far.
+    bitmap.reset();
+    machine.ring();
+    assert_eq!(machine.result(0), 0);
+    let pages = (0..MEMORY.div_ceil(0x1000)).filter(|page| bitmap.is_bit_set(*page));
+    let response = BUFFERS + SLOT / 2;
+    let written = [USED, response].map(|address| usize::try_from(address >> 12).unwrap());
+    assert_eq!(pages.collect::<Vec<_>>(), written);
 }
 
 #[test]

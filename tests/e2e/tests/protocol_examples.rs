@@ -174,7 +174,7 @@ fn examples() -> Vec<(&'static str, String)> {
     let driver = Arc::new(Example(identity));
     let aperture = Arc::new(Aperture::reserve(256 << 20).unwrap());
     let host = HostSession::new(driver.clone(), Some(aperture), Limits::default());
-    let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
+    let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 20)]).unwrap();
     let memory = GuestMemoryAtomic::new(memory);
     let without = HostSession::without_aperture(driver, memory, Limits::default(), None).unwrap();
     let connect = |host| {

@@ -42,7 +42,7 @@ pub fn run(bytes: &[u8]) {
     let session = match choice & 8 {
         0 => Session::with_report(driver, None, LIMITS, report),
         _ => {
-            let memory = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), 1 << 16)]);
+            let memory = GuestMemoryMmap::<()>::from_ranges(&[(GuestAddress(0), 1 << 16)]);
             let memory = GuestMemoryAtomic::new(memory.expect("memory"));
             Session::without_aperture(driver, memory, LIMITS, Some(report)).expect("scratch memory")
         }
