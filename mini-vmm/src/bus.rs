@@ -46,8 +46,7 @@ pub struct Doorbell {
 /// An irqfd: signalling `event` raises interrupt line `line`.
 #[derive(Clone)]
 pub struct Interrupt {
-    /// Global interrupt number; 0 to 15 are the ISA lines that the MP table describes, those from
-    /// [`crate::layout::FIRST_MESSAGE`] are messages.
+    /// Global interrupt number; 0 to 15 are the ISA lines that the MP table describes.
     pub line: u32,
     /// What raises it.
     pub event: Arc<EventFd>,

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use pvgpu_host_proxy::aperture::{Aperture, Reservation, Window};
-use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Interrupt};
+use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::monitor::Monitor;
 use pvgpu_host_proxy::sandbox::{Allowed, DEVICE, Sandbox, THREAD};
@@ -20,12 +20,12 @@ use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
 
 use crate::bus::{self, Attachment};
-use crate::kvm::{KvmError, Machine};
+use crate::kvm::{KvmError, Machine, Router};
 use crate::memory::{Ram, Range};
-use crate::msix::Msix;
+use crate::msix::{self, Message, Msix};
 use crate::pci::Function;
 use crate::vhost_user::{self, FrontEnd, Guest, Link, LinkError};
-use crate::virtio::{Backend, SharedMemory, Virtio};
+use crate::virtio::{Backend, Line, SharedMemory, Virtio};
 use crate::virtio_mmio::{VirtioMmio, register};
 use crate::virtio_pci::{self, VirtioPci};
 use crate::{cpuid, layout};
@@ -113,11 +113,6 @@ pub enum GpuError {
     /// The daemon.
     #[error(transparent)]
     Daemon(#[from] LinkError),
-    /// A daemon raises one interrupt for all queues, not those of PCI.
-    #[error(
-        "the GPU of a pvgpu-proxyd is on virtio-mmio alone: leave --transport pci out, or choose another --gpu"
-    )]
-    DaemonOnPci,
     /// KVM cannot interrupt the guest as PCI does.
     #[error(transparent)]
     Kvm(#[from] KvmError),
@@ -189,10 +184,9 @@ impl Backend for GpuDevice {
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         features: u64,
         queues: Vec<Queue>,
-        interrupt: Arc<dyn Interrupt>,
+        line: Arc<dyn Line>,
     ) -> Result<(), String> {
-        self.backend_mut()
-            .activate(memory, features, queues, interrupt)
+        self.backend_mut().activate(memory, features, queues, line)
     }
 
     fn notify(&self, queue: u16) {
@@ -240,9 +234,9 @@ impl Backend for Device {
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         features: u64,
         queues: Vec<Queue>,
-        interrupt: Arc<dyn Interrupt>,
+        line: Arc<dyn Line>,
     ) -> Result<(), String> {
-        self.activate(memory, features, queues, interrupt)
+        self.activate(memory, features, queues, line)
             .map_err(|error| error.to_string())
     }
 
@@ -316,7 +310,6 @@ pub(crate) fn attach(
         0 => Ok(None),
         size => reserve(size, transport, bits).map(Arc::new).map(Some),
     };
-    let event = new_event()?;
     let (device, window, doorbells, off, system_calls) = match gpu {
         Gpu::InProcess {
             driver,
@@ -337,7 +330,6 @@ pub(crate) fn attach(
             let device = GpuDevice::InProcess(Box::new(device));
             (device, window, doorbells, Off::Device(off), calls)
         }
-        Gpu::VhostUser { .. } if transport == Transport::Pci => return Err(GpuError::DaemonOnPci),
         Gpu::VhostUser { socket, aperture } => {
             let (connection, offer) = vhost_user::connect(&socket, aperture, |_| Ok(()))?;
             let window = window(offer.aperture)?;
@@ -347,9 +339,7 @@ pub(crate) fn attach(
                 .shared()
                 .map(|(range, file)| Ok((range, file.try_clone()?)));
             let shared = shared.collect::<Result<_, _>>().map_err(GpuError::Events)?;
-            let call = event.try_clone().map_err(GpuError::Events)?;
-            let device =
-                FrontEnd::new(Arc::clone(&link), shared, call).map_err(GpuError::Events)?;
+            let device = FrontEnd::new(Arc::clone(&link), shared).map_err(GpuError::Events)?;
             let doorbells = device.kicks().iter().map(EventFd::try_clone).collect();
             let device = GpuDevice::VhostUser(device);
             let calls = [THREAD, DEVICE, vhost_user::CALLS].concat();
@@ -376,6 +366,7 @@ pub(crate) fn attach(
     let memory = ram.map().clone();
     let (device, attachment, function): (_, _, Option<Arc<dyn Function>>) = match transport {
         Transport::Mmio => {
+            let event = Arc::new(new_event()?);
             let transport = VirtioMmio::new(device, memory, region, Arc::clone(&event));
             let device = Arc::clone(&transport);
             let attachment = Attachment {
@@ -392,7 +383,7 @@ pub(crate) fn attach(
         }
         Transport::Pci => {
             // One for the configuration, one for each queue.
-            let (msix, interrupts) = messages(device.queue_max_sizes().len() + 1, machine)?;
+            let msix = messages(device.queue_max_sizes().len() + 1, machine)?;
             let transport = Arc::new(VirtioPci::new(device, memory, region, msix));
             let device: Arc<Virtio<_>> = Arc::clone(&transport);
             let attachment = Attachment {
@@ -400,7 +391,7 @@ pub(crate) fn attach(
                 size: layout::GPU_BAR_SIZE.into(),
                 device: Arc::clone(&transport) as _,
                 doorbells,
-                interrupts,
+                interrupts: Vec::new(),
             };
             (device, attachment, Some(transport as _))
         }
@@ -415,29 +406,47 @@ pub(crate) fn attach(
     })
 }
 
-fn new_event() -> Result<Arc<EventFd>, GpuError> {
-    let event = EventFd::new(EFD_NONBLOCK).map_err(GpuError::Events)?;
-    Ok(Arc::new(event))
+fn new_event() -> Result<EventFd, GpuError> {
+    EventFd::new(EFD_NONBLOCK).map_err(GpuError::Events)
 }
 
-/// So many vectors, and the interrupts of KVM that send their messages.
-fn messages(count: usize, machine: &Machine) -> Result<(Msix, Vec<bus::Interrupt>), GpuError> {
+/// So many vectors.
+fn messages(count: usize, machine: &Machine) -> Result<Msix, GpuError> {
     let events = (0..count).map(|_| new_event());
     let events = events.collect::<Result<Vec<_>, _>>()?;
-    let interrupts = (layout::FIRST_MESSAGE..).zip(events.iter().cloned());
-    let interrupts = interrupts.map(|(line, event)| bus::Interrupt { line, event });
-    let interrupts = interrupts.collect();
-    let router = machine.router()?;
-    let warned = AtomicBool::new(false);
-    let route = move |messages: &[_]| {
+    let sender = Messages {
+        router: machine.router()?,
+        warned: AtomicBool::new(false),
+    };
+    Ok(Msix::new(events, Arc::new(sender)))
+}
+
+/// KVM, as it sends the messages.
+struct Messages {
+    router: Router,
+    warned: AtomicBool,
+}
+
+impl Messages {
+    fn check(&self, told: Result<(), KvmError>) {
         // Once: a guest may change them as often as it likes.
-        if let Err(error) = router.route(messages)
-            && !warned.swap(true, Ordering::Relaxed)
+        if let Err(error) = told
+            && !self.warned.swap(true, Ordering::Relaxed)
         {
             log::warn!("the guest misses interrupts of its GPU: {error}");
         }
-    };
-    Ok((Msix::new(events, Box::new(route)), interrupts))
+    }
+}
+
+impl msix::Sender for Messages {
+    fn route(&self, messages: &[Option<Message>]) {
+        self.check(self.router.route(messages));
+    }
+
+    fn connect(&self, vector: usize, event: &EventFd, connected: bool) {
+        let message = u32::try_from(vector).unwrap_or(u32::MAX);
+        self.check(self.router.connect(message, event, connected));
+    }
 }
 
 fn reserve(size: u64, transport: Transport, bits: u32) -> Result<Reservation, GpuError> {

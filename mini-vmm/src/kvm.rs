@@ -309,7 +309,7 @@ impl Machine {
         Ok(())
     }
 
-    /// What tells KVM the messages that interrupts from [`layout::FIRST_MESSAGE`] on send.
+    /// What tells KVM which messages the interrupts from [`layout::FIRST_MESSAGE`] on send, and when.
     ///
     /// # Errors
     ///
@@ -351,6 +351,23 @@ impl Router {
             Ok(routing) => vm.set_gsi_routing(&routing).map_err(at),
             Err(_) => Err(at(kvm_ioctls::Error::new(libc::E2BIG))),
         }
+    }
+
+    /// Lets `event` send that message, also for what was signalled before, or takes it away.
+    ///
+    /// # Errors
+    ///
+    /// When KVM refuses.
+    pub fn connect(&self, message: u32, event: &EventFd, connected: bool) -> Result<(), KvmError> {
+        let Some(vm) = self.0.upgrade() else {
+            return Ok(());
+        };
+        let line = layout::FIRST_MESSAGE.saturating_add(message);
+        match connected {
+            true => vm.register_irqfd(event, line),
+            false => vm.unregister_irqfd(event, line),
+        }
+        .map_err(KvmError::at("connect an interrupt event"))
     }
 }
 

@@ -1,8 +1,9 @@
 //! MSI-X: the table in which a driver says which message each vector sends, masks, and what waits behind them. PCI Local Bus 3.0,
 //! section 6.8.2.
 //!
-//! Each vector is an event that KVM turns into its message, so any thread can interrupt the guest; what the message is,
-//! KVM is told ([`Route`]) before a vector is used for the first time and after a change. `virtio_pci` shows the guest the table.
+//! Each vector is an event that KVM turns into its message, so any thread or process can interrupt the guest; what the message is,
+//! KVM is told before a vector is used for the first time and after a change. A masked vector is taken away from KVM
+//! ([`Sender`]): what is signalled meanwhile stays in the event, and is pending. `virtio_pci` shows the guest the table.
 
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
@@ -20,14 +21,20 @@ pub struct Message {
     pub data: u32,
 }
 
-/// Tells KVM the messages of all vectors; those without one do nothing.
-pub type Route = Box<dyn Fn(&[Option<Message>]) + Send + Sync>;
+/// What sends messages: KVM.
+pub trait Sender: Send + Sync {
+    /// From here on, these are the messages of all vectors; those without one do nothing.
+    fn route(&self, messages: &[Option<Message>]);
+    /// From here on, that vector's event sends its message, also for what was signalled before; or it does not, and keeps
+    /// what is signalled.
+    fn connect(&self, vector: usize, event: &EventFd, connected: bool);
+}
 
 /// The vectors of a function.
 pub struct Msix {
     state: Mutex<State>,
-    events: Vec<Arc<EventFd>>,
-    route: Route,
+    events: Vec<EventFd>,
+    sender: Arc<dyn Sender>,
 }
 
 struct State {
@@ -42,7 +49,7 @@ struct State {
 struct Vector {
     /// The entry as the guest has written it.
     words: [u32; 4],
-    pending: bool,
+    connected: bool,
 }
 
 impl Vector {
@@ -63,11 +70,11 @@ impl Vector {
 }
 
 impl Msix {
-    /// A vector for each of `events`, all of them masked.
-    pub fn new(events: Vec<Arc<EventFd>>, route: Route) -> Self {
+    /// A vector for each of `events`, all of them masked. Nobody must wait to read them.
+    pub fn new(events: Vec<EventFd>, sender: Arc<dyn Sender>) -> Self {
         let vector = Vector {
             words: [0, 0, 0, Vector::MASKED],
-            pending: false,
+            connected: false,
         };
         Self {
             state: Mutex::new(State {
@@ -77,7 +84,7 @@ impl Msix {
                 routed: vec![None; events.len()],
             }),
             events,
-            route,
+            sender,
         }
     }
 
@@ -100,24 +107,31 @@ impl Msix {
         let mut state = self.state();
         state.enabled = enabled;
         state.masked = masked;
-        self.deliver(&mut state);
+        self.update(&mut state);
     }
 
     /// Interrupts the guest by a vector: at once, or as soon as it is no longer masked.
     pub fn signal(&self, vector: u16) {
-        let mut state = self.state();
-        if state.enabled
-            && let Some(vector) = state.vectors.get_mut(usize::from(vector))
+        if self.enabled()
+            && let Some(event) = self.event(vector)
         {
-            vector.pending = true;
-            self.deliver(&mut state);
+            // A full counter is an interrupt that is pending already.
+            let _ = event.write(1);
         }
+    }
+
+    /// What interrupts the guest by that vector when it is signalled, as [`Msix::signal`] does.
+    pub fn event(&self, vector: u16) -> Option<&EventFd> {
+        self.events.get(usize::from(vector))
     }
 
     /// Forgets what waits behind masks.
     pub fn forget(&self) {
-        for vector in &mut self.state().vectors {
-            vector.pending = false;
+        let state = self.state();
+        for (vector, event) in state.vectors.iter().zip(&self.events) {
+            if !vector.connected {
+                let _ = event.read();
+            }
         }
     }
 
@@ -145,7 +159,7 @@ impl Msix {
                 *value = u32::from_le_bytes(*word);
             }
         }
-        self.deliver(&mut state);
+        self.update(&mut state);
     }
 
     /// Reads the bits of the vectors that wait.
@@ -153,32 +167,37 @@ impl Msix {
         data.fill(0);
         let state = self.state();
         let first = usize::try_from(offset).unwrap_or(usize::MAX);
-        let bytes = state.vectors.chunks(8).skip(first);
-        for (byte, vectors) in data.iter_mut().zip(bytes) {
-            *byte = (vectors.iter().rev()).fold(0, |bits, v| bits << 1 | u8::from(v.pending));
+        let vectors = state.vectors.iter().zip(&self.events);
+        let mut pending = vectors
+            .skip(first.saturating_mul(8))
+            .map(|(vector, event)| {
+                // What is read is put back.
+                !vector.connected && event.read().is_ok_and(|count| event.write(count).is_ok())
+            });
+        for byte in data {
+            for bit in 0..8 {
+                *byte |= u8::from(pending.next().unwrap_or(false)) << bit;
+            }
         }
     }
 
-    /// Sends what waits and is not masked any more, after KVM has been told what that is.
-    fn deliver(&self, state: &mut State) {
-        if !state.enabled || state.masked {
-            return;
-        }
+    /// Takes away from KVM what is masked now, and gives it what is not any more, after it has been told what that sends.
+    fn update(&self, state: &mut State) {
+        let open = state.enabled && !state.masked;
         let mut changed = false;
         for (vector, routed) in state.vectors.iter().zip(&mut state.routed) {
-            if !vector.masked() && *routed != Some(vector.message()) {
+            if open && !vector.masked() && *routed != Some(vector.message()) {
                 *routed = Some(vector.message());
                 changed = true;
             }
         }
         if changed {
-            (self.route)(&state.routed);
+            self.sender.route(&state.routed);
         }
-        for (vector, event) in state.vectors.iter_mut().zip(&self.events) {
-            if vector.pending && !vector.masked() {
-                vector.pending = false;
-                // A full counter is an interrupt that is pending already.
-                let _ = event.write(1);
+        for (index, (vector, event)) in state.vectors.iter_mut().zip(&self.events).enumerate() {
+            let connected = open && !vector.masked();
+            if std::mem::replace(&mut vector.connected, connected) != connected {
+                self.sender.connect(index, event, connected);
             }
         }
     }
@@ -195,27 +214,43 @@ fn find(offset: u64) -> Option<(usize, usize)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use std::collections::BTreeSet;
     use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
+    /// What KVM has been told.
+    #[derive(Default)]
+    struct Kvm {
+        routes: Mutex<Vec<Vec<Option<Message>>>>,
+        connected: Mutex<BTreeSet<usize>>,
+    }
+
+    impl Sender for Kvm {
+        fn route(&self, messages: &[Option<Message>]) {
+            self.routes.lock().unwrap().push(messages.to_vec());
+        }
+
+        fn connect(&self, vector: usize, _event: &EventFd, connected: bool) {
+            let mut all = self.connected.lock().unwrap();
+            let changed = match connected {
+                true => all.insert(vector),
+                false => all.remove(&vector),
+            };
+            assert!(changed, "{vector} {connected}");
+        }
+    }
+
     struct Guest {
-        events: Vec<Arc<EventFd>>,
-        routes: Arc<Mutex<Vec<Vec<Option<Message>>>>>,
+        kvm: Arc<Kvm>,
         msix: Msix,
     }
 
     impl Guest {
         fn new(vectors: usize) -> Self {
-            let event = || Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
-            let events: Vec<_> = std::iter::repeat_with(event).take(vectors).collect();
-            let routes = Arc::new(Mutex::new(Vec::new()));
-            let told = Arc::clone(&routes);
-            let route = move |messages: &[_]| told.lock().unwrap().push(messages.to_vec());
-            let msix = Msix::new(events.clone(), Box::new(route));
-            Self {
-                events,
-                routes,
-                msix,
-            }
+            let event = || EventFd::new(EFD_NONBLOCK).unwrap();
+            let events = std::iter::repeat_with(event).take(vectors).collect();
+            let kvm = Arc::<Kvm>::default();
+            let msix = Msix::new(events, Arc::clone(&kvm) as _);
+            Self { kvm, msix }
         }
 
         fn write(&self, offset: u64, value: u32) {
@@ -235,9 +270,17 @@ mod tests {
             bits[0]
         }
 
-        /// How often a vector was signalled since the last question.
-        fn signals(&self, vector: usize) -> u64 {
-            self.events[vector].read().unwrap_or(0)
+        /// Whether KVM has been signalled by that vector since the last question.
+        fn signals(&self, vector: u16) -> bool {
+            let connected = self.kvm.connected.lock().unwrap();
+            match connected.contains(&vector.into()) {
+                true => self.msix.event(vector).unwrap().read().is_ok(),
+                false => false,
+            }
+        }
+
+        fn routes(&self) -> Vec<Vec<Option<Message>>> {
+            self.kvm.routes.lock().unwrap().clone()
         }
     }
 
@@ -251,17 +294,18 @@ mod tests {
         let guest = Guest::new(3);
         guest.set_up(1, false);
         guest.msix.signal(1);
-        assert_eq!(guest.signals(1), 0, "not enabled");
-        assert!(guest.routes.lock().unwrap().is_empty());
+        assert!(!guest.signals(1), "not enabled");
+        assert!(guest.routes().is_empty());
         guest.msix.control(true, false);
         let routes = [None, Some(MESSAGE), None];
-        assert_eq!(*guest.routes.lock().unwrap(), [routes]);
+        assert_eq!(guest.routes(), [routes]);
         guest.msix.signal(1);
         guest.msix.signal(2);
         guest.msix.signal(3);
         guest.msix.signal(u16::MAX);
-        assert_eq!([0, 1, 2].map(|vector| guest.signals(vector)), [0, 1, 0]);
-        assert_eq!(guest.routes.lock().unwrap().len(), 1, "nothing has changed");
+        let signals = [0, 1, 2].map(|vector| guest.signals(vector));
+        assert_eq!(signals, [false, true, false]);
+        assert_eq!(guest.routes().len(), 1, "nothing has changed");
     }
 
     #[test]
@@ -274,18 +318,21 @@ mod tests {
             guest.msix.signal(vector);
         }
         assert_eq!(guest.pending(), 0b11);
-        assert_eq!([0, 1].map(|vector| guest.signals(vector)), [0, 0]);
+        let signals = || [0, 1].map(|vector| guest.signals(vector));
+        assert_eq!(signals(), [false, false]);
         guest.msix.control(true, false);
         assert_eq!(guest.pending(), 0b10);
-        assert_eq!([0, 1].map(|vector| guest.signals(vector)), [1, 0]);
+        assert_eq!(signals(), [true, false]);
         guest.set_up(1, false);
         assert_eq!(guest.pending(), 0);
-        assert_eq!([0, 1].map(|vector| guest.signals(vector)), [0, 1]);
+        assert_eq!(signals(), [false, true]);
         guest.set_up(1, true);
-        guest.msix.signal(1);
+        // As another process does it.
+        guest.msix.event(1).unwrap().write(1).unwrap();
+        assert_eq!(guest.pending(), 0b10);
         guest.msix.forget();
         guest.set_up(1, false);
-        assert_eq!(guest.signals(1), 0, "forgotten");
+        assert!(!guest.signals(1), "forgotten");
     }
 
     #[test]
@@ -293,13 +340,13 @@ mod tests {
         let guest = Guest::new(2);
         guest.msix.control(true, false);
         guest.set_up(1, false);
-        let told = guest.routes.lock().unwrap().len();
+        let told = guest.routes().len();
         guest.write(ENTRY + 12, 1);
         guest.write(ENTRY, 0xfee0_1000);
-        assert_eq!(guest.routes.lock().unwrap().len(), told);
+        assert_eq!(guest.routes().len(), told);
         guest.write(ENTRY + 12, 0);
         let address = 0xfee0_1000;
-        let last = guest.routes.lock().unwrap().last().unwrap()[1];
+        let last = guest.routes().last().unwrap()[1];
         assert_eq!(last, Some(Message { address, ..MESSAGE }));
     }
 

@@ -3,7 +3,7 @@
 //!
 //! `vm` puts its vCPU threads under theirs; `main` those of its own that are left.
 
-use kvm_bindings::{KVMIO, kvm_irq_routing, kvm_regs, kvm_translation};
+use kvm_bindings::{KVMIO, kvm_irq_routing, kvm_irqfd, kvm_regs, kvm_translation};
 use pvgpu_host_proxy::sandbox::{Allowed, Filter, Sandbox, SandboxError};
 use vmm_sys_util::ioctl::{_IOC_NONE, _IOC_READ, _IOC_WRITE, ioctl_expr};
 
@@ -29,10 +29,16 @@ pub static VCPU: &[Allowed] = &[
 ];
 
 /// What it does, too, when the GPU is on PCI.
-pub static VCPU_PCI: &[Allowed] = &[Allowed::ioctl(
-    kvm(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>()),
-    "the guest has said which messages are its interrupts",
-)];
+pub static VCPU_PCI: &[Allowed] = &[
+    Allowed::ioctl(
+        kvm(_IOC_WRITE, 0x6a, size_of::<kvm_irq_routing>()),
+        "the guest has said which messages are its interrupts",
+    ),
+    Allowed::ioctl(
+        kvm(_IOC_WRITE, 0x76, size_of::<kvm_irqfd>()),
+        "the guest has masked one of them, or no longer does",
+    ),
+];
 
 const DAEMON: &str = "looks for the GPU's daemon when it is gone";
 

@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pvgpu_host_proxy::aperture::{Reservation, Window};
-use pvgpu_host_proxy::device::{DEVICE_ID, Interrupt};
+use pvgpu_host_proxy::device::DEVICE_ID;
 use pvgpu_host_proxy::sandbox::Allowed;
 use vhost::vhost_user::message::{
     BackendReq, FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMMap,
@@ -34,7 +34,7 @@ use vmm_sys_util::sock_ctrl_msg::ScmSocket;
 
 use crate::layout;
 use crate::memory::Range;
-use crate::virtio::Backend;
+use crate::virtio::{Backend, Line};
 
 /// Most descriptors of a queue, whatever more the daemon might have.
 const QUEUE_SIZE: u16 = 256;
@@ -439,8 +439,6 @@ pub struct FrontEnd {
     link: Arc<Link>,
     queue_sizes: Vec<u16>,
     kicks: Vec<EventFd>,
-    /// The interrupt line.
-    call: EventFd,
     /// The guest's RAM: where it is, and the file behind it.
     ram: Vec<(Range, File)>,
     /// The daemon that works on the guest's queues, and which of them.
@@ -448,14 +446,13 @@ pub struct FrontEnd {
 }
 
 impl FrontEnd {
-    pub(crate) fn new(link: Arc<Link>, ram: Vec<(Range, File)>, call: EventFd) -> io::Result<Self> {
+    pub(crate) fn new(link: Arc<Link>, ram: Vec<(Range, File)>) -> io::Result<Self> {
         let queues = link.offer.queues;
         let kicks = (0..queues).map(|_| EventFd::new(0));
         Ok(Self {
             queue_sizes: vec![QUEUE_SIZE; queues],
             kicks: kicks.collect::<Result<_, _>>()?,
             link,
-            call,
             ram,
             running: None,
         })
@@ -473,7 +470,13 @@ impl FrontEnd {
         range.map_or(u64::MAX, |range| range.host + (guest - range.guest))
     }
 
-    fn set_up(&self, daemon: &Connection, features: u64, queues: &[Queue]) -> vhost::Result<()> {
+    fn set_up(
+        &self,
+        daemon: &Connection,
+        features: u64,
+        queues: &[Queue],
+        line: &dyn Line,
+    ) -> vhost::Result<()> {
         let mut messages = daemon.messages.clone();
         messages.set_features(features | PROTOCOL_FEATURES)?;
         let regions = self
@@ -501,7 +504,12 @@ impl FrontEnd {
                 log_addr: None,
             };
             messages.set_vring_addr(index, &addresses)?;
-            messages.set_vring_call(index, &self.call)?;
+            if let Some(call) = u16::try_from(index)
+                .ok()
+                .and_then(|queue| line.event(queue))
+            {
+                messages.set_vring_call(index, &call)?;
+            }
             if let Some(kick) = self.kicks.get(index) {
                 messages.set_vring_kick(index, kick)?;
             }
@@ -540,11 +548,12 @@ impl Backend for FrontEnd {
         _memory: GuestMemoryAtomic<GuestMemoryMmap>,
         features: u64,
         queues: Vec<Queue>,
-        _interrupt: Arc<dyn Interrupt>,
+        line: Arc<dyn Line>,
     ) -> Result<(), String> {
         let daemon = self.link.connection().clone();
         let daemon = daemon.ok_or("its daemon is not there")?;
-        self.set_up(&daemon, features, &queues).map_err(|error| {
+        let set_up = self.set_up(&daemon, features, &queues, &*line);
+        set_up.map_err(|error| {
             // Whatever it has done of it: it shall not go on with that.
             daemon.close();
             format!("its daemon refuses ({error})")
@@ -839,8 +848,7 @@ mod tests {
         let link = Link::new(socket.clone(), connection, offer, Some(window));
         let link = Arc::new(link.unwrap());
         let event = EventFd::new(vmm_sys_util::eventfd::EFD_NONBLOCK).unwrap();
-        let call = event.try_clone().unwrap();
-        let front_end = FrontEnd::new(Arc::clone(&link), shared.collect(), call).unwrap();
+        let front_end = FrontEnd::new(Arc::clone(&link), shared.collect()).unwrap();
         let device = crate::gpu::GpuDevice::VhostUser(front_end);
         let memory = ram.map().clone();
         let transport = crate::virtio_mmio::VirtioMmio::new(device, memory, None, Arc::new(event));

@@ -17,6 +17,7 @@ use virtio_bindings::virtio_config::{
 use virtio_bindings::virtio_ring::VIRTIO_RING_F_EVENT_IDX;
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{GuestAddress, GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 /// Interrupt cause: a queue has used buffers.
 pub(crate) const INTERRUPT_QUEUE: u32 = 1 << 0;
@@ -40,7 +41,7 @@ pub trait Backend: Send + Sync {
     fn queue_max_sizes(&self) -> &[u16];
     /// Reads configuration space; bytes beyond its end read as zero.
     fn read_config(&self, offset: u64, data: &mut [u8]);
-    /// Whether it signals the interrupt line itself, past this transport: then any interrupt may be one of its queues.
+    /// Whether it signals the events of the line itself, past this transport: then any interrupt may be one of its queues.
     fn raises_interrupts(&self) -> bool {
         false
     }
@@ -50,7 +51,7 @@ pub trait Backend: Send + Sync {
         memory: GuestMemoryAtomic<GuestMemoryMmap>,
         features: u64,
         queues: Vec<Queue>,
-        interrupt: Arc<dyn Interrupt>,
+        line: Arc<dyn Line>,
     ) -> Result<(), String>;
     /// Queue `queue` of an active device was notified. Called from several threads at once.
     fn notify(&self, queue: u16);
@@ -73,6 +74,8 @@ pub struct SharedMemory {
 
 /// How a transport interrupts the guest.
 pub trait Line: Interrupt {
+    /// What interrupts the guest for that queue when it is signalled, past this transport, if the driver wants that.
+    fn event(&self, queue: u16) -> Option<EventFd>;
     /// The device was reset: no interrupt of before is left.
     fn reset(&self);
 }
@@ -412,7 +415,7 @@ pub(crate) mod recorder {
             _: GuestMemoryAtomic<GuestMemoryMmap>,
             features: u64,
             queues: Vec<Queue>,
-            _: Arc<dyn Interrupt>,
+            _: Arc<dyn Line>,
         ) -> Result<(), String> {
             if self.refuse {
                 return Err("the test says so".into());

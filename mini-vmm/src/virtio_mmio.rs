@@ -85,6 +85,10 @@ impl Interrupt for IrqLine {
 }
 
 impl Line for IrqLine {
+    fn event(&self, _queue: u16) -> Option<EventFd> {
+        self.event.try_clone().ok()
+    }
+
     fn reset(&self) {
         self.causes.store(0, Ordering::SeqCst);
     }

@@ -10,6 +10,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use pvgpu_host_proxy::device::Interrupt;
 use vm_memory::{GuestMemoryAtomic, GuestMemoryMmap};
+use vmm_sys_util::eventfd::EventFd;
 
 use crate::bus::MmioDevice;
 use crate::layout;
@@ -136,6 +137,11 @@ impl Interrupt for Vectors {
 }
 
 impl Line for Vectors {
+    fn event(&self, queue: u16) -> Option<EventFd> {
+        let vector = self.of(usize::from(queue) + 1);
+        self.msix.event(vector)?.try_clone().ok()
+    }
+
     fn reset(&self) {
         self.causes.store(0, Ordering::SeqCst);
         for vector in &self.chosen {
@@ -438,7 +444,7 @@ mod tests {
     use crate::pci::header;
     use crate::virtio::recorder::{FEATURES, READY_TO_GO, Recorder};
     use crate::virtio::{ACKNOWLEDGE, DRIVER, FEATURES_OK};
-    use vmm_sys_util::eventfd::{EFD_NONBLOCK, EventFd};
+    use vmm_sys_util::eventfd::EFD_NONBLOCK;
 
     const APERTURE: SharedMemory = SharedMemory {
         id: 0,
@@ -446,9 +452,16 @@ mod tests {
         size: 0x1_2345_6000,
     };
 
+    /// Nobody takes the events.
+    struct NoKvm;
+
+    impl msix::Sender for NoKvm {
+        fn route(&self, _: &[Option<msix::Message>]) {}
+        fn connect(&self, _: usize, _: &EventFd, _: bool) {}
+    }
+
     struct Guest {
         _ram: Ram,
-        events: Vec<Arc<EventFd>>,
         transport: VirtioPci<Recorder>,
     }
 
@@ -459,14 +472,13 @@ mod tests {
 
         fn with(region: Option<SharedMemory>) -> Self {
             let ram = Ram::new(2 << 20).unwrap();
-            let event = || Arc::new(EventFd::new(EFD_NONBLOCK).unwrap());
+            let event = || EventFd::new(EFD_NONBLOCK).unwrap();
             // The recorder has two queues.
-            let events: Vec<_> = std::iter::repeat_with(event).take(3).collect();
-            let msix = Msix::new(events.clone(), Box::new(|_| {}));
+            let events = std::iter::repeat_with(event).take(3).collect();
+            let msix = Msix::new(events, Arc::new(NoKvm));
             let transport = VirtioPci::new(Recorder::default(), ram.map().clone(), region, msix);
             Self {
                 _ram: ram,
-                events,
                 transport,
             }
         }
@@ -560,7 +572,8 @@ mod tests {
         }
 
         fn interrupts(&self) -> [u64; 3] {
-            [0, 1, 2].map(|vector: usize| self.events[vector].read().unwrap_or(0))
+            let event = |vector| self.transport.vectors.msix.event(vector).unwrap();
+            [0, 1, 2].map(|vector| event(vector).read().unwrap_or(0))
         }
     }
 

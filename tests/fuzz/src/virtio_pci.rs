@@ -16,7 +16,7 @@ use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig, Doorbell};
 use pvgpu_host_proxy::sandbox::Sandbox;
 use pvgpu_mini_vmm::bus::MmioDevice;
 use pvgpu_mini_vmm::layout;
-use pvgpu_mini_vmm::msix::{ENTRY, Message, Msix};
+use pvgpu_mini_vmm::msix::{ENTRY, Message, Msix, Sender};
 use pvgpu_mini_vmm::pci::{self, PciBus, header};
 use pvgpu_mini_vmm::virtio::SharedMemory;
 use pvgpu_mini_vmm::virtio_pci::{
@@ -42,10 +42,36 @@ const SIZES: [u32; 6] = [
 ];
 
 /// The vectors' events: making them anew would be system calls for each input.
-static EVENTS: LazyLock<Vec<Arc<EventFd>>> = LazyLock::new(|| {
-    let event = || Arc::new(EventFd::new(EFD_NONBLOCK).expect("an eventfd"));
+static EVENTS: LazyLock<Vec<EventFd>> = LazyLock::new(|| {
+    let event = || EventFd::new(EFD_NONBLOCK).expect("an eventfd");
     std::iter::repeat_with(event).take(VECTORS).collect()
 });
+
+/// What KVM was told of the vectors.
+#[derive(Default)]
+struct Kvm(Mutex<[Vector; VECTORS]>);
+
+#[derive(Default)]
+struct Vector {
+    message: Option<Message>,
+    connected: bool,
+}
+
+impl Sender for Kvm {
+    fn route(&self, messages: &[Option<Message>]) {
+        let mut vectors = self.0.lock().expect("no panic");
+        assert_eq!(messages.len(), VECTORS);
+        for (vector, message) in vectors.iter_mut().zip(messages) {
+            vector.message = *message;
+        }
+    }
+
+    fn connect(&self, vector: usize, _event: &EventFd, connected: bool) {
+        let vector = &mut self.0.lock().expect("no panic")[vector];
+        assert_ne!(vector.connected, connected, "KVM refuses that");
+        vector.connected = connected;
+    }
+}
 
 /// A step of a hostile driver.
 #[derive(Arbitrary, Debug)]
@@ -229,7 +255,7 @@ struct Driver {
     bus: PciBus,
     transport: Arc<VirtioPci<Device>>,
     /// What KVM knows.
-    routed: Arc<Mutex<Vec<Option<Message>>>>,
+    kvm: Arc<Kvm>,
     /// Configuration space as it was at first.
     configuration: Vec<u32>,
     /// Where the capabilities MSI-X and PCI_CFG are.
@@ -258,15 +284,15 @@ impl Driver {
         for event in EVENTS.iter() {
             let _ = event.read();
         }
-        let routed = Arc::new(Mutex::new(vec![None; VECTORS]));
-        let told = Arc::clone(&routed);
-        let route = move |messages: &[_]| *told.lock().expect("no panic") = messages.to_vec();
-        let msix = Msix::new(EVENTS.clone(), Box::new(route));
+        let kvm = Arc::<Kvm>::default();
+        let events = EVENTS.iter().map(|event| event.try_clone());
+        let events = events.collect::<Result<_, _>>().expect("descriptors");
+        let msix = Msix::new(events, Arc::clone(&kvm) as _);
         let transport = Arc::new(VirtioPci::new(device, GUEST.clone(), Some(region), msix));
         let mut driver = Self {
             bus: PciBus::new(vec![Arc::clone(&transport) as _]),
             transport,
-            routed,
+            kvm,
             configuration: Vec::new(),
             msix: 0,
             window: 0,
@@ -401,10 +427,12 @@ impl Driver {
         let agreed = status & (FEATURES_OK | DRIVER_OK) == FEATURES_OK | DRIVER_OK;
         assert!(agreed || !active, "active with status {status:#x}");
         assert!(status & NEEDS_RESET == 0 || !active, "active, but broken");
-        let routed = self.routed.lock().expect("no panic");
-        for (event, message) in EVENTS.iter().zip(routed.iter()) {
-            let interrupted = event.read().is_ok();
-            assert!(message.is_some() || !interrupted, "KVM knows no message");
+        let vectors = self.kvm.0.lock().expect("no panic");
+        for (event, vector) in EVENTS.iter().zip(&*vectors) {
+            if vector.connected {
+                assert!(vector.message.is_some(), "KVM knows no message");
+                let _ = event.read();
+            }
         }
     }
 }
