@@ -6,14 +6,11 @@ mod guest_program;
 
 use guest_program::{guest, proxyd, with_kvm};
 use pvgpu_e2e::daemon::Daemon;
-use pvgpu_e2e::guest_vm::{self, Run};
-use pvgpu_host_proxy::device::Doorbell;
-use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
+use pvgpu_e2e::guest_vm;
 use pvgpu_mini_vmm::Gpu;
 use pvgpu_protocol::control::decode_trace;
 use std::path::Path;
 use std::process::{Command, Stdio};
-use std::sync::Arc;
 use std::sync::mpsc::channel;
 use std::time::{Duration, Instant};
 
@@ -25,30 +22,20 @@ fn gpu(daemon: &Daemon) -> Gpu {
     }
 }
 
-/// Runs a scenario that must end well on any GPU.
-fn run(scenario: &str, gpu: Gpu) -> Run {
-    let words = format!("scenario={scenario}");
-    let run = guest_vm::run_with(guest(), &words, gpu, |_| ()).unwrap();
-    let said = run.lines.join("\n");
-    assert_eq!(run.outcome.exit_code, 0, "{:?}\n{said}", run.outcome.ending);
-    run
-}
-
 #[test]
-fn a_guest_draws_the_same_picture_and_gets_the_same_errnos_on_a_gpu_in_another_process() {
+fn a_daemon_serves_one_guest_after_the_other_and_forgets_each_of_them() {
     if !with_kvm() {
         return;
     }
     let daemon = Daemon::start(proxyd(), &[]).unwrap();
-    // One front end after the other: the daemon forgets each of them.
-    for _ in 0..2 {
-        run("selftest", gpu(&daemon));
-        let picture = run("draw", gpu(&daemon)).picture.expect("a picture");
-        let driver = Arc::new(SoftDriver::new(SoftConfig::default()).unwrap());
-        let here = guest_vm::in_process(driver, Doorbell::Worker);
-        let expected = run("draw", here).picture.expect("a picture");
-        assert!(picture == expected, "the pictures differ");
-    }
+    let draw = || {
+        let run = guest_vm::run_with(guest(), "scenario=draw", gpu(&daemon), |_| ()).unwrap();
+        daemon.wait_for("the front end is gone").unwrap();
+        assert_eq!(run.outcome.exit_code, 0, "{:?}", run.lines);
+        run.picture.expect("a picture")
+    };
+    let first = draw();
+    assert!(draw() == first, "the pictures differ");
 }
 
 #[test]

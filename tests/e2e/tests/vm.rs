@@ -1,4 +1,5 @@
-//! The whole way on this machine's KVM: a guest in a VM, its driver, the virtqueue, the proxy, the embedded GPU.
+//! The whole way on this machine's KVM: a guest in a VM, its driver, the virtqueue, the proxy, the embedded GPU; with the proxy in
+//! the VMM and in a daemon.
 //!
 //! Without /dev/kvm these tests fail, unless `PVGPU_WITHOUT_KVM=1` says that this is known: the testbed then still runs
 //! the same guest.
@@ -7,7 +8,8 @@ mod guest_program;
 
 use std::sync::Arc;
 
-use guest_program::{guest, with_kvm};
+use guest_program::{guest, proxyd, with_kvm};
+use pvgpu_e2e::daemon::Daemon;
 use pvgpu_e2e::double_fetch;
 use pvgpu_e2e::guest_vm::{self, APERTURE, Lines, Run};
 use pvgpu_e2e::loopback_file::LoopbackFile;
@@ -22,32 +24,52 @@ fn driver() -> Arc<SoftDriver> {
     Arc::new(SoftDriver::new(SoftConfig::default()).unwrap())
 }
 
-/// Boots the guest with these words on its command line; `None` where there is no KVM and that is known.
-fn boot(command_line: &str, doorbell: Doorbell) -> Option<Run> {
-    boot_with(command_line, doorbell, APERTURE)
+/// Where the device is, and the size of its aperture or whether there is one.
+#[derive(Clone, Copy, Debug)]
+enum Place {
+    Here(Doorbell, u64),
+    Daemon { aperture: bool },
 }
 
-/// As [`boot`], with an aperture of that size.
-fn boot_with(command_line: &str, doorbell: Doorbell, aperture: u64) -> Option<Run> {
+const INLINE: Place = Place::Here(Doorbell::Inline, APERTURE);
+const WORKER: Place = Place::Here(Doorbell::Worker, APERTURE);
+const DAEMON: Place = Place::Daemon { aperture: true };
+const PLACES: [Place; 6] = [
+    INLINE,
+    WORKER,
+    Place::Here(Doorbell::Inline, 0),
+    Place::Here(Doorbell::Worker, 0),
+    DAEMON,
+    Place::Daemon { aperture: false },
+];
+
+/// Boots the guest with these words on its command line; `None` where there is no KVM and that is known.
+fn boot(command_line: &str, place: Place) -> Option<Run> {
     if !with_kvm() {
         return None;
     }
-    let device = (doorbell, aperture);
-    Some(guest_vm::run(guest(), command_line, driver(), device, |_| ()).unwrap())
+    let run = match place {
+        Place::Here(doorbell, aperture) => {
+            let device = (doorbell, aperture);
+            guest_vm::run(guest(), command_line, driver(), device, |_| ())
+        }
+        Place::Daemon { aperture } => {
+            let daemon = Daemon::start(proxyd(), &[]).unwrap();
+            let socket = daemon.socket();
+            let gpu = Gpu::VhostUser { socket, aperture };
+            guest_vm::run_with(guest(), command_line, gpu, |_| ())
+        }
+    };
+    Some(run.unwrap())
 }
 
 /// Runs a scenario that must end well; `None` as for [`boot`].
-fn run(scenario: &str, doorbell: Doorbell) -> Option<Run> {
-    run_with(scenario, doorbell, APERTURE)
-}
-
-/// As [`run`], with an aperture of that size.
-fn run_with(scenario: &str, doorbell: Doorbell, aperture: u64) -> Option<Run> {
-    let run = boot_with(&format!("scenario={scenario}"), doorbell, aperture)?;
+fn run(scenario: &str, place: Place) -> Option<Run> {
+    let run = boot(&format!("scenario={scenario}"), place)?;
     assert_eq!(
         run.outcome.exit_code,
         0,
-        "{:?}\n{}",
+        "{place:?}: {:?}\n{}",
         run.outcome.ending,
         run.lines.join("\n")
     );
@@ -58,28 +80,25 @@ fn run_with(scenario: &str, doorbell: Doorbell, aperture: u64) -> Option<Run> {
 fn the_guest_draws_the_same_picture_as_a_program_beside_the_gpu() {
     let mut file = LoopbackFile::open(driver()).unwrap();
     let native = soft::draw(&mut file, &mut |_, _| {}).unwrap();
-    for doorbell in [Doorbell::Inline, Doorbell::Worker] {
-        for aperture in [APERTURE, 0] {
-            let Some(run) = run_with("draw", doorbell, aperture) else {
-                return;
-            };
-            let picture = run.picture.expect("a picture");
-            let device = (doorbell, aperture);
-            assert!(picture == native, "the pictures differ ({device:?})");
-        }
+    for place in PLACES {
+        let Some(run) = run("draw", place) else {
+            return;
+        };
+        let picture = run.picture.expect("a picture");
+        assert!(picture == native, "the pictures differ: {place:?}");
     }
 }
 
 #[test]
 fn a_guest_gets_the_errnos_that_the_specification_names() {
-    run("selftest", Doorbell::Inline);
-    run("selftest", Doorbell::Worker);
-    run_with("selftest", Doorbell::Worker, 0);
+    for place in PLACES {
+        run("selftest", place);
+    }
 }
 
 #[test]
 fn a_guest_that_ends_leaves_no_descriptor_and_no_mapping_in_the_proxys_process() {
-    if run("draw", Doorbell::Worker).is_none() {
+    if run("draw", WORKER).is_none() {
         return;
     }
     let count = || {
@@ -105,12 +124,12 @@ fn a_guest_that_ends_leaves_no_descriptor_and_no_mapping_in_the_proxys_process()
 
 #[test]
 fn the_guests_own_runtime_runs_at_cpl_3_takes_interrupts_and_keeps_its_memory() {
-    let Some(hello) = run("hello", Doorbell::Inline) else {
+    let Some(hello) = run("hello", INLINE) else {
         return;
     };
     assert!(hello.lines[0].ends_with("at CPL 3"), "{}", hello.lines[0]);
-    run("interrupts", Doorbell::Inline);
-    run("memory", Doorbell::Inline);
+    run("interrupts", INLINE);
+    run("memory", INLINE);
 }
 
 /// `fault=KIND`, the exit code that belongs to it (101 for a panic, 128 + N for processor exception N), and what the
@@ -124,7 +143,7 @@ fn a_guest_that_breaks_says_how_on_the_console_and_by_its_exit_code() {
         ("null", 128 + 14, "cr2 0x8,"),
         ("stack", 128 + 14, "exception 14 (page fault)"),
     ] {
-        let Some(run) = boot(&format!("scenario=fault fault={kind}"), Doorbell::Inline) else {
+        let Some(run) = boot(&format!("scenario=fault fault={kind}"), INLINE) else {
             return;
         };
         let said = run.lines.join("\n");
@@ -135,29 +154,33 @@ fn a_guest_that_breaks_says_how_on_the_console_and_by_its_exit_code() {
 
 #[test]
 fn a_polling_guest_is_never_interrupted_and_a_sleeping_one_is() {
-    let Some(run) = run("device", Doorbell::Worker) else {
-        return;
-    };
-    let interrupts = |wait: &str| {
-        let line = run.lines.iter().position(|line| line.contains(wait));
-        let words = line.and_then(|line| run.lines.get(line + 1)).unwrap();
-        words.trim().strip_suffix(" interrupts").unwrap().parse()
-    };
-    assert_eq!(interrupts("one no-op, Polling"), Ok(0));
-    assert_ne!(interrupts("one no-op, Interrupts"), Ok(0u32));
+    for place in [WORKER, DAEMON] {
+        let Some(run) = run("device", place) else {
+            return;
+        };
+        let interrupts = |wait: &str| {
+            let line = run.lines.iter().position(|line| line.contains(wait));
+            let words = line.and_then(|line| run.lines.get(line + 1)).unwrap();
+            words.trim().strip_suffix(" interrupts").unwrap().parse()
+        };
+        assert_eq!(interrupts("one no-op, Polling"), Ok(0), "{place:?}");
+        assert_ne!(interrupts("one no-op, Interrupts"), Ok(0u32), "{place:?}");
+    }
 }
 
 #[test]
 fn a_guest_that_sleeps_for_responses_draws_the_same_picture_as_one_that_polls() {
-    let Some(polled) = run("draw", Doorbell::Worker) else {
+    let Some(polled) = run("draw", WORKER) else {
         return;
     };
-    let slept = run("draw wait=interrupts", Doorbell::Worker).unwrap();
-    let picture = slept.picture.expect("a picture");
-    assert!(
-        picture == polled.picture.expect("a picture"),
-        "the pictures differ"
-    );
+    assert!(polled.picture.is_some());
+    for place in [WORKER, DAEMON] {
+        let slept = run("draw wait=interrupts", place).unwrap();
+        assert!(
+            slept.picture == polled.picture,
+            "the pictures differ: {place:?}"
+        );
+    }
 }
 
 #[test]
