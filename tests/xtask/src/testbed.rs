@@ -53,6 +53,10 @@ pub struct Arguments {
     #[arg(long, value_name = "TEXT", value_parser = filter)]
     filter: Option<String>,
 
+    /// Give the GPU of every guest to a pvgpu-proxyd; `-without-aperture` as behind a front end that has no shared memory
+    #[arg(long, value_name = "WAY", value_parser = ["vhost-user", "vhost-user-without-aperture"], conflicts_with_all = ["shell", "run"])]
+    over: Option<String>,
+
     /// Go on after a test has failed (without it, the first failure ends the run)
     #[arg(long)]
     keep_going: bool,
@@ -321,6 +325,9 @@ fn attempt(
     }
     if let Some(filter) = filter {
         words.extend(["--filter", filter]);
+    }
+    if let Some(over) = &arguments.over {
+        words.extend(["--over", over]);
     }
     let mut report = Report::default();
     let ended = machine.run(&words, Duration::from_secs(arguments.time_limit), |line| {

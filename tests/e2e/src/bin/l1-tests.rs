@@ -5,6 +5,13 @@ use std::process::ExitCode;
 
 use pvgpu_e2e::{testbed, triple_fault};
 
+fn usage() -> ExitCode {
+    eprintln!(
+        "usage: l1-tests [--keep-going] [--filter TEXT] [--over vhost-user|vhost-user-without-aperture] [--list]"
+    );
+    ExitCode::from(2)
+}
+
 fn main() -> ExitCode {
     let (mut filter, mut keep_going) = (String::new(), false);
     let mut arguments = std::env::args().skip(1);
@@ -12,16 +19,17 @@ fn main() -> ExitCode {
         match (argument.as_str(), arguments.len()) {
             ("--keep-going", _) => keep_going = true,
             ("--filter", 1..) => filter = arguments.next().unwrap_or_default(),
+            ("--over", 1..) => match arguments.next().unwrap_or_default().parse() {
+                Ok(over) => testbed::over::set(over),
+                Err(()) => return usage(),
+            },
             ("--list", _) => {
                 testbed::tests()
                     .iter()
                     .for_each(|test| println!("{}", test.name));
                 return ExitCode::SUCCESS;
             }
-            _ => {
-                eprintln!("usage: l1-tests [--keep-going] [--filter TEXT] [--list]");
-                return ExitCode::from(2);
-            }
+            _ => return usage(),
         }
     }
     if let Err(error) = triple_fault::watch() {

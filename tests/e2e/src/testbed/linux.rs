@@ -5,7 +5,8 @@ use std::time::Duration;
 
 use super::boot::{EXIT_CODE, PARAMETERS};
 use super::mini_vmm::{Running, start};
-use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, expected};
+use super::over::NO_APERTURE;
+use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, expected};
 use super::{Failure, Test};
 use crate::ensure;
 

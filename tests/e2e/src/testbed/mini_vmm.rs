@@ -8,10 +8,13 @@ use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use super::Failure;
+use super::over::Device;
 
 /// A mini-vmm with its guest. Killed when dropped.
 pub struct Running {
     process: Child,
+    /// Where its GPU is, if that is elsewhere; killed after it.
+    device: Option<Device>,
     log: PathBuf,
 }
 
@@ -73,22 +76,28 @@ fn tail(output: &str) -> String {
 /// Where L1 has the test guest.
 pub const TEST_GUEST: &str = "/boot/pvgpu-test-guest";
 
-/// Starts `mini-vmm run` with `arguments`.
+/// Starts `mini-vmm run` with `arguments`; its GPU may be put elsewhere ([`super::over`]).
 pub fn start(arguments: &[&str]) -> Result<Running, Failure> {
     // A file of its own, not a pipe: nobody has to read it while the guest runs.
     static RUNS: AtomicU32 = AtomicU32::new(0);
     let number = RUNS.fetch_add(1, Ordering::Relaxed);
     let log = std::env::temp_dir().join(format!("mini-vmm-{number}.log"));
     let output = File::create(&log)?;
+    let (device, elsewhere) = Device::start(arguments)?.unzip();
+    let arguments = arguments.iter().map(|word| word.to_string());
     let process = Command::new("/bin/mini-vmm")
         .arg("run")
-        .args(arguments)
+        .args(elsewhere.unwrap_or_else(|| arguments.collect()))
         .stdin(Stdio::piped())
         .stdout(output.try_clone()?)
         .stderr(output)
         .spawn()
         .map_err(|error| format!("cannot start mini-vmm: {error}"))?;
-    Ok(Running { process, log })
+    Ok(Running {
+        process,
+        device,
+        log,
+    })
 }
 
 /// Starts mini-vmm with the test guest's `scenario` (and what else its command line is to say) and that GPU.
@@ -111,9 +120,10 @@ impl Running {
         String::from_utf8_lossy(&fs::read(&self.log).unwrap_or_default()).into_owned()
     }
 
-    /// The id of mini-vmm's process.
+    /// The process that has the guest's GPU: mini-vmm, if it is not elsewhere.
     pub fn process(&self) -> u32 {
-        self.process.id()
+        let elsewhere = self.device.as_ref().map(Device::process);
+        elsewhere.unwrap_or_else(|| self.process.id())
     }
 
     /// Types `line` on the guest's console.
@@ -158,6 +168,7 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
+        self.device.as_ref().map_or(Ok(()), Device::end)?;
         let output = self.output();
         let code = status
             .code()

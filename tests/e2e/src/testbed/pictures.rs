@@ -9,6 +9,7 @@ use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::{self as scenarios, Picture};
 
 use super::mini_vmm::{Running, TEST_GUEST, start_guest};
+use super::over::NO_APERTURE;
 use super::{Failure, Test};
 use crate::drm_ioctl::{Kind, find};
 use crate::loopback_file::LoopbackFile;
@@ -124,9 +125,6 @@ pub const WATCHDOG: &str = "60";
 
 /// A picture with fewer colours is taken for blank or for broken.
 const ENOUGH_COLOURS: usize = 16;
-
-/// What makes mini-vmm's guest map with its own pages.
-pub const NO_APERTURE: &[&str] = &["--no-aperture"];
 
 fn draws(gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result<(), Failure> {
     // The embedded GPU is emulated too: what takes it milliseconds elsewhere takes seconds here.

@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use super::boot::EXIT_CODE;
 use super::linux::Guest;
 use super::mini_vmm::{self, Running};
+use super::over::PROXYD;
 use super::pictures::{Gpu, SOFT, VIRTIO_GPU, expected};
 use super::{Failure, Test};
 use crate::daemon::Daemon;
@@ -67,7 +68,7 @@ fn new_path() -> PathBuf {
 fn start(gpu: &Gpu) -> Result<Daemon, Failure> {
     let gpu = (gpu.argument)()?;
     let options = ["--gpu", &gpu, "--queues", "1", "--watchdog", "60"];
-    Daemon::start(Path::new("/bin/pvgpu-proxyd"), &options)
+    Daemon::start(Path::new(PROXYD), &options)
         .map_err(|error| format!("cannot start pvgpu-proxyd: {error}").into())
 }
 

@@ -12,7 +12,8 @@ use zerocopy::FromBytes;
 
 use super::boot::EXIT_CODE;
 use super::linux::{Guest, ON_PCI};
-use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU};
+use super::over::{self, NO_APERTURE};
+use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
 use super::{Failure, Test};
 use crate::ensure;
 
@@ -72,9 +73,9 @@ fn semantics(
 ) -> Result<(), Failure> {
     let trace = std::env::temp_dir().join("semantics.trace");
     let traced = trace.to_string_lossy();
-    let no_aperture = match options {
-        NO_APERTURE => " l2.no_aperture",
-        _ => "",
+    let no_aperture = match over::maps_pages(options) {
+        true => " l2.no_aperture",
+        false => "",
     };
     let always = [
         "--doorbell",

@@ -3,7 +3,8 @@
 use std::os::unix::fs::{MetadataExt, chown};
 use std::path::Path;
 
-use super::pictures::{Gpu, NO_APERTURE, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on};
+use super::over::{NO_APERTURE, PROXYD};
+use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU, WATCHDOG, draws_on};
 use super::{Failure, Test};
 use super::{linux, mesa};
 use crate::daemon::Daemon;
@@ -68,9 +69,6 @@ pub const TESTS: &[Test] = &[
     },
 ];
 
-/// Where L1 has the daemon.
-const PROGRAM: &str = "/bin/pvgpu-proxyd";
-
 /// A user who owns nothing.
 const NOBODY: u32 = 65_534;
 
@@ -78,7 +76,7 @@ const NOBODY: u32 = 65_534;
 fn daemon(gpu: &Gpu, user: Option<u32>) -> Result<(Daemon, String), Failure> {
     let host = (gpu.argument)()?;
     let options = ["--gpu", &host, "--watchdog", WATCHDOG];
-    let daemon = Daemon::start_as(user, Path::new(PROGRAM), &options)?;
+    let daemon = Daemon::start_as(user, Path::new(PROXYD), &options)?;
     let argument = format!("vhost-user:{}", daemon.socket().display());
     Ok((daemon, argument))
 }
