@@ -9,7 +9,7 @@
 mod client;
 mod peer;
 mod record;
-mod socket;
+pub(crate) mod socket;
 
 use crate::logging::guest_log;
 use crate::monitor::Monitor;

@@ -29,6 +29,9 @@ pub mod cancel;
 pub mod choice;
 #[doc(hidden)]
 pub mod clock;
+#[cfg(feature = "programs")]
+#[doc(hidden)]
+pub mod command_line;
 pub mod control;
 mod descriptor;
 #[doc(hidden)]

@@ -76,9 +76,12 @@ fn what_cannot_be_done_is_said_in_one_line_with_the_remedy() {
         (&["--socket"], "--socket"),
         (
             &["--socket", "/nowhere/socket"],
-            "cannot listen on /nowhere/socket",
+            "cannot make the socket /nowhere/socket",
         ),
-        (&["--socket", file], "is no socket: remove it"),
+        (
+            &["--socket", file],
+            "is no socket: remove it or choose another path (--socket PATH)",
+        ),
         (&["--fd", "77"], "77 is no descriptor"),
         (&["--fd", "1"], "1 is no descriptor"),
         (&["--fd", "7", "--socket", "/tmp/s"], "cannot be used with"),
@@ -93,7 +96,7 @@ fn what_cannot_be_done_is_said_in_one_line_with_the_remedy() {
         (&["--queues", "0"], "--queues"),
         (
             &["--control", file, "--socket", "SOCKET"],
-            "is no socket: choose another path (--control SOCKET)",
+            "is no socket: remove it or choose another path (--control SOCKET)",
         ),
         (&["--log", "loud"], "write off, error, warn, info or debug"),
         (&["--sandbox", "maybe"], "--sandbox"),
@@ -169,7 +172,7 @@ fn a_socket_is_for_its_user_alone_and_serves_one_front_end_after_the_other() {
     }
     let second = run(&["--socket", socket.to_str().unwrap()]);
     let said = String::from_utf8(second.stderr).unwrap();
-    assert!(said.contains("in use"), "{said}");
+    assert!(said.contains("another process serves"), "{said}");
     drop(daemon);
     // What is left of a daemon that was killed is in nobody's way.
     assert!(socket.exists());

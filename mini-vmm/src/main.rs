@@ -9,9 +9,9 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Duration;
 
-use clap::error::ErrorKind;
 use clap::{Args, Parser, Subcommand};
 use pvgpu_host_proxy::choice::Choice;
+use pvgpu_host_proxy::command_line::{SandboxChoice, USAGE, usage};
 use pvgpu_host_proxy::control::{self, Socket};
 use pvgpu_host_proxy::device::{DeviceConfig, Doorbell};
 use pvgpu_host_proxy::sandbox::{self, Sandbox};
@@ -22,9 +22,6 @@ use pvgpu_host_proxy::{logging, privacy, rlimit, size};
 use pvgpu_mini_vmm::{
     Console, DumpTarget, Ending, Gpu, Transport, Vm, VmConfig, VmError, check, kvm, terminal,
 };
-
-/// Exit status of errors of usage and environment.
-const USAGE: u8 = 2;
 
 /// A small KVM virtual machine monitor with a paravirtual GPU.
 #[derive(Debug, Parser)]
@@ -159,26 +156,10 @@ enum DoorbellChoice {
     Worker,
 }
 
-/// A value of `--sandbox`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum SandboxChoice {
-    On,
-    Off,
-}
-
 impl Run {
     /// Size of the aperture.
     fn aperture(&self) -> u64 {
         if self.no_aperture { 0 } else { self.aperture }
-    }
-
-    /// Whether there is to be a sandbox.
-    fn sandbox(&self) -> Sandbox {
-        match self.sandbox {
-            Some(SandboxChoice::On) => Sandbox::On,
-            Some(SandboxChoice::Off) => Sandbox::Off,
-            None => Sandbox::default(),
-        }
     }
 }
 
@@ -196,7 +177,7 @@ fn main() -> ExitCode {
     logging::to_stderr("mini-vmm", log::LevelFilter::Warn);
     let options = match Options::try_parse() {
         Ok(options) => options,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, "mini-vmm", &["run", "check"]),
     };
     let result = match options.command {
         Command::Run(options) => run(*options),
@@ -209,35 +190,6 @@ fn main() -> ExitCode {
             ExitCode::from(USAGE)
         }
     }
-}
-
-/// Help and version as they are; an error in one line.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        return match error.print() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        };
-    }
-    if error.kind() == ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand {
-        eprintln!("mini-vmm: say what to do, run or check; see mini-vmm --help");
-        return ExitCode::from(USAGE);
-    }
-    let text = error.to_string();
-    let cause = text.split("\n\n").next().unwrap_or_default();
-    let cause: Vec<&str> = cause.lines().map(str::trim).collect();
-    let cause = cause.join(" ");
-    let command = std::env::args().nth(1);
-    let command = match command.as_deref() {
-        Some("run") => "run ",
-        Some("check") => "check ",
-        _ => "",
-    };
-    eprintln!(
-        "mini-vmm: {}; see mini-vmm {command}--help",
-        cause.trim_start_matches("error: ")
-    );
-    ExitCode::from(USAGE)
 }
 
 /// The GPU that the options ask for.
@@ -253,7 +205,7 @@ fn gpu(options: &Run, trace: Option<File>) -> Result<Option<Gpu>, String> {
         GpuChoice::None => return Ok(None),
     };
     let watchdog = Duration::from_secs(options.watchdog);
-    let driver = choice.open(watchdog, options.sandbox());
+    let driver = choice.open(watchdog, SandboxChoice::sandbox(options.sandbox));
     let mut device = DeviceConfig {
         request_queues: options.cpus.into(),
         doorbell: match options.doorbell {
@@ -328,7 +280,7 @@ fn open_dump(path: &Path) -> Result<File, String> {
 
 fn run(options: Run) -> Result<u8, String> {
     privacy::hide().map_err(|error| format!("cannot hide this process's memory: {error}"))?;
-    let sandbox = options.sandbox();
+    let sandbox = SandboxChoice::sandbox(options.sandbox);
     if sandbox == Sandbox::On {
         sandbox::available().map_err(|error| format!("{error} (--sandbox off)"))?;
     }

@@ -4,6 +4,7 @@
 
 use clap::Parser;
 use pvgpu_host_proxy::choice::Choice;
+use pvgpu_host_proxy::command_line::{SandboxChoice, USAGE, usage};
 use pvgpu_host_proxy::control::{self, Socket};
 use pvgpu_host_proxy::device::{DEVICE_ID, Device, DeviceConfig};
 use pvgpu_host_proxy::sandbox::{self, Filter, Sandbox};
@@ -16,9 +17,6 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
-
-/// Exit status of errors of usage and environment.
-const USAGE: u8 = 2;
 
 /// A paravirtual GPU for VMMs that speak vhost-user.
 #[derive(Debug, Parser)]
@@ -74,13 +72,6 @@ struct Options {
     print_capabilities: bool,
 }
 
-/// A value of `--sandbox`.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, clap::ValueEnum)]
-enum SandboxChoice {
-    On,
-    Off,
-}
-
 fn parse_gpu(text: &str) -> Result<Choice, String> {
     Choice::parse(text)
         .ok_or_else(|| "write soft or drm:NODE (such as drm:/dev/dri/renderD128)".into())
@@ -94,7 +85,7 @@ fn parse_level(text: &str) -> Result<log::LevelFilter, String> {
 fn main() -> ExitCode {
     let options = match Options::try_parse() {
         Ok(options) => options,
-        Err(error) => return usage(&error),
+        Err(error) => return usage(&error, "pvgpu-proxyd", &[]),
     };
     if options.print_capabilities {
         println!("{}", capabilities());
@@ -108,23 +99,6 @@ fn main() -> ExitCode {
             ExitCode::from(USAGE)
         }
     }
-}
-
-/// Help and version as they are; an error in one line.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        return match error.print() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        };
-    }
-    let text = error.to_string();
-    let cause = text.split("\n\n").next().unwrap_or_default();
-    let cause: Vec<&str> = cause.lines().map(str::trim).collect();
-    let cause = cause.join(" ");
-    let cause = cause.trim_start_matches("error: ");
-    eprintln!("pvgpu-proxyd: {cause}; see pvgpu-proxyd --help");
-    ExitCode::from(USAGE)
 }
 
 /// What `--print-capabilities` prints, in the form that QEMU's conventions for back ends give it. Their list of types has none for
@@ -154,11 +128,7 @@ fn run(options: &Options) -> Result<ExitCode, String> {
         privacy::hide().map_err(|error| format!("cannot hide this process's memory: {error}"))?;
         source(options)?
     };
-    let sandbox = match options.sandbox {
-        Some(SandboxChoice::On) => Sandbox::On,
-        Some(SandboxChoice::Off) => Sandbox::Off,
-        None => Sandbox::default(),
-    };
+    let sandbox = SandboxChoice::sandbox(options.sandbox);
     if sandbox == Sandbox::On {
         sandbox::available().map_err(|error| format!("{error} (--sandbox off)"))?;
     }

@@ -2,12 +2,12 @@
 //!
 //! `pvgpu-proxyd` makes it before it enters the sandbox. Sockets are for their user alone (mode 0600).
 
+use crate::control::BindError;
+use crate::control::socket::listen;
 use crate::descriptors::inherited;
-use std::fs;
 use std::io;
-use std::os::unix::fs::{FileTypeExt, PermissionsExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 /// The first descriptor of those that systemd hands over.
 const FIRST: i32 = 3;
@@ -25,19 +25,8 @@ pub enum Source {
 #[derive(Debug, thiserror::Error)]
 pub enum SourceError {
     /// The socket cannot be made.
-    #[error("cannot listen on {}: {error}; give a --socket PATH in a folder that this user can write to", path.display())]
-    Listen {
-        /// Its path.
-        path: PathBuf,
-        /// The kernel's answer.
-        error: io::Error,
-    },
-    /// Somebody else serves it.
-    #[error("{} is in use: another pvgpu-proxyd serves it, end that one or give another --socket PATH", .0.display())]
-    InUse(PathBuf),
-    /// There is something else.
-    #[error("{} is there and is no socket: remove it or give another --socket PATH", .0.display())]
-    NoSocket(PathBuf),
+    #[error("{0} (--socket PATH)")]
+    Socket(#[from] BindError),
     /// Nothing was handed over.
     #[error(
         "{descriptor} is no descriptor of a Unix stream socket ({error}): give a --fd N that was left open for this program"
@@ -58,25 +47,7 @@ pub enum SourceError {
 impl Source {
     /// Listens on a socket at `path`; in the place of one that nobody serves any more.
     pub fn listen(path: &Path) -> Result<Self, SourceError> {
-        let failed = |error| SourceError::Listen {
-            path: path.into(),
-            error,
-        };
-        if let Ok(there) = fs::symlink_metadata(path) {
-            if !there.file_type().is_socket() {
-                return Err(SourceError::NoSocket(path.into()));
-            }
-            match UnixStream::connect(path) {
-                Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {
-                    fs::remove_file(path).map_err(failed)?;
-                }
-                Err(error) => return Err(failed(error)),
-                Ok(_) => return Err(SourceError::InUse(path.into())),
-            }
-        }
-        let listener = UnixListener::bind(path).map_err(failed)?;
-        fs::set_permissions(path, fs::Permissions::from_mode(0o600)).map_err(failed)?;
-        Ok(Self::Listener(listener))
+        Ok(Self::Listener(listen(path)?))
     }
 
     /// The connection with this number.

@@ -15,15 +15,13 @@ use std::process::ExitCode;
 use std::thread;
 use std::time::{Duration, Instant};
 
-use clap::error::ErrorKind;
 use clap::{Parser, Subcommand};
+use pvgpu_host_proxy::command_line::{USAGE, usage};
 use pvgpu_host_proxy::control::{AskError, Command, Reply, ask};
 use pvgpu_host_proxy::statistics::Statistics;
 
 /// Exit status when a proxy says no.
 const REFUSED: u8 = 1;
-/// Exit status of errors of usage, and of proxies that do not answer.
-const USAGE: u8 = 2;
 
 /// Shows what running pvgpu proxies do, and switches their traces.
 #[derive(Debug, Parser)]
@@ -102,7 +100,10 @@ struct Unread;
 fn main() -> ExitCode {
     let options = match Options::try_parse() {
         Ok(options) => options,
-        Err(error) => return usage(&error),
+        Err(error) => {
+            let commands = ["status", "watch", "prometheus", "trace"];
+            return usage(&error, "pvgpu-ctl", &commands);
+        }
     };
     match run(&options) {
         Ok(()) => ExitCode::SUCCESS,
@@ -111,28 +112,6 @@ fn main() -> ExitCode {
             ExitCode::from(status)
         }
     }
-}
-
-/// Help and version as they are; an error in one line.
-fn usage(error: &clap::Error) -> ExitCode {
-    if !error.use_stderr() {
-        return match error.print() {
-            Ok(()) => ExitCode::SUCCESS,
-            Err(_) => ExitCode::FAILURE,
-        };
-    }
-    let text = match error.kind() {
-        ErrorKind::DisplayHelpOnMissingArgumentOrSubcommand => {
-            "say what to do: status, watch, prometheus or trace".to_owned()
-        }
-        _ => error.to_string(),
-    };
-    let cause = text.split("\n\n").next().unwrap_or_default();
-    let cause: Vec<&str> = cause.lines().map(str::trim).collect();
-    let cause = cause.join(" ");
-    let cause = cause.trim_start_matches("error: ");
-    eprintln!("pvgpu-ctl: {cause}; see pvgpu-ctl --help");
-    ExitCode::from(USAGE)
 }
 
 fn run(options: &Options) -> Result<(), Failure> {
