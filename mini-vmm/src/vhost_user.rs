@@ -17,7 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use pvgpu_host_proxy::aperture::{Reservation, Window};
-use pvgpu_host_proxy::device::DEVICE_ID;
+use pvgpu_host_proxy::device::{ActivateError, DEVICE_ID};
 use pvgpu_host_proxy::sandbox::Allowed;
 use vhost::vhost_user::message::{
     BackendReq, FrontendReq, VhostUserConfigFlags, VhostUserHeaderFlag, VhostUserMMap,
@@ -27,7 +27,7 @@ use vhost::vhost_user::{Frontend, VhostUserFrontend};
 use vhost::{VhostBackend, VhostUserMemoryRegionInfo, VringConfigData};
 use virtio_bindings::virtio_config::VIRTIO_F_VERSION_1;
 use virtio_queue::{Queue, QueueT};
-use vm_memory::{ByteValued, GuestMemoryAtomic, GuestMemoryMmap};
+use vm_memory::{ByteValued, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap};
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 use vmm_sys_util::eventfd::EventFd;
 use vmm_sys_util::sock_ctrl_msg::ScmSocket;
@@ -545,11 +545,17 @@ impl Backend for FrontEnd {
 
     fn activate(
         &mut self,
-        _memory: GuestMemoryAtomic<GuestMemoryMmap>,
+        memory: GuestMemoryAtomic<GuestMemoryMmap>,
         features: u64,
         queues: Vec<Queue>,
         line: Arc<dyn Line>,
     ) -> Result<(), String> {
+        // A guest must not get this front end disconnected.
+        let memory = memory.memory();
+        let mut rings = queues.iter();
+        if let Some(index) = rings.position(|queue| queue.ready() && !queue.is_valid(&*memory)) {
+            return Err(ActivateError::Memory(index).to_string());
+        }
         let daemon = self.link.connection().clone();
         let daemon = daemon.ok_or("its daemon is not there")?;
         let set_up = self.set_up(&daemon, features, &queues, &*line);

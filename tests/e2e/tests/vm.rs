@@ -96,6 +96,14 @@ fn a_guest_gets_the_errnos_that_the_specification_names() {
     }
 }
 
+/// The guest itself looks at the device after each 64 cases.
+#[test]
+fn a_hostile_guest_gets_its_vmm_not_disconnected_from_a_daemon() {
+    for aperture in [true, false] {
+        run("fuzz seed=7 cases=512", Place::Daemon { aperture });
+    }
+}
+
 #[test]
 fn a_guest_that_ends_leaves_no_descriptor_and_no_mapping_in_the_proxys_process() {
     if run("draw", WORKER).is_none() {

@@ -168,11 +168,12 @@ impl Running {
             }
             std::thread::sleep(Duration::from_millis(5));
         };
-        self.device.as_ref().map_or(Ok(()), Device::end)?;
         let output = self.output();
         let code = status
             .code()
             .ok_or_else(|| format!("mini-vmm ended with {status}: {}", tail(&output)))?;
+        let forgotten = self.device.as_ref().map_or(Ok(()), Device::end);
+        forgotten.map_err(|error| format!("{error}; {}", tail(&output)))?;
         Ok(Ended { code, output })
     }
 
