@@ -28,6 +28,7 @@ mod vhost_user;
 mod virtio_gpu;
 
 pub use mesa::{ARCHIVE as MESA, unpack as unpack_mesa};
+pub use mini_vmm::set_patience;
 
 /// Why a test failed; becomes one line.
 pub type Failure = Box<dyn std::error::Error>;

@@ -100,7 +100,7 @@ fn a_guest_gets_the_errnos_that_the_specification_names() {
 #[test]
 fn a_hostile_guest_gets_its_vmm_not_disconnected_from_a_daemon() {
     for aperture in [true, false] {
-        run("fuzz seed=7 cases=512", Place::Daemon { aperture });
+        run("fuzz seed=7 cases=128", Place::Daemon { aperture });
     }
 }
 

@@ -81,6 +81,10 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     processors: u8,
 
+    /// Wait for guests this many times as long: for slow kernels and busy machines
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with_all = ["shell", "run"])]
+    patience: u32,
+
     /// End the machine after this many seconds, counted from its start
     #[arg(
         long,
@@ -319,7 +323,8 @@ fn attempt(
     arguments: &Arguments,
     filter: Option<&str>,
 ) -> Result<Report, Error> {
-    let mut words = vec!["l1-tests"];
+    let patience = arguments.patience.to_string();
+    let mut words = vec!["l1-tests", "--patience", &patience];
     if arguments.keep_going || arguments.again {
         words.push("--keep-going");
     }

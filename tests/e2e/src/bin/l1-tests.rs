@@ -7,7 +7,7 @@ use pvgpu_e2e::{testbed, triple_fault};
 
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: l1-tests [--keep-going] [--filter TEXT] [--over vhost-user|vhost-user-without-aperture] [--list]"
+        "usage: l1-tests [--keep-going] [--filter TEXT] [--over vhost-user|vhost-user-without-aperture] [--patience N] [--list]"
     );
     ExitCode::from(2)
 }
@@ -22,6 +22,10 @@ fn main() -> ExitCode {
             ("--over", 1..) => match arguments.next().unwrap_or_default().parse() {
                 Ok(over) => testbed::over::set(over),
                 Err(()) => return usage(),
+            },
+            ("--patience", 1..) => match arguments.next().unwrap_or_default().parse() {
+                Ok(times) => testbed::set_patience(times),
+                Err(_) => return usage(),
             },
             ("--list", _) => {
                 testbed::tests()
