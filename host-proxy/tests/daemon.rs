@@ -95,7 +95,15 @@ fn what_cannot_be_done_is_said_in_one_line_with_the_remedy() {
         (&["--aperture", "1Q"], "256M"),
         (&["--queues", "0"], "--queues"),
         (
-            &["--control", file, "--socket", "SOCKET"],
+            // The last of two counts.
+            &[
+                "--control",
+                "/nowhere/c",
+                "--control",
+                file,
+                "--socket",
+                "SOCKET",
+            ],
             "is no socket: remove it or choose another path (--control SOCKET)",
         ),
         (&["--log", "loud"], "write off, error, warn, info or debug"),

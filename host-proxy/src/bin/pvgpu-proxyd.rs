@@ -23,9 +23,11 @@ use std::time::Duration;
 #[command(
     name = "pvgpu-proxyd",
     version,
+    // What an operator adds to a unit's options counts.
+    args_override_self = true,
     after_help = "\
 One of --socket, --fd and a socket of systemd (LISTEN_FDS) says where the front end is. With a socket it serves one front end after \
-the other until it is ended by a signal.
+the other until it is ended by a signal. Of an option that is given twice the last one counts, but limits add up.
 Exit status: 0 when the front end of --fd is gone, 1 when it was disconnected for what it sent, 2 for errors of usage and environment. \
 What the sandbox forbids ends it by SIGSYS, which a shell reports as 159."
 )]
