@@ -214,6 +214,50 @@ fn a_stopped_ring_is_left_alone_and_goes_on_where_it_was_when_it_starts_again() 
     );
 }
 
+/// QEMU takes what is mapped in the aperture for memory of the guest, and shows it to the device as such.
+#[test]
+fn memory_that_comes_and_goes_or_cannot_be_mapped_ends_neither_connection_nor_session() {
+    let (guest, kick) = (Guest::new(), EventFd::new(0).unwrap());
+    let (mut front_end, served) = connect(&back_end(0));
+    let offered = front_end.get_protocol_features().unwrap();
+    front_end.set_protocol_features(offered).unwrap();
+    front_end
+        .set_features(VERSION_1 | PROTOCOL_FEATURES)
+        .unwrap();
+    front_end.set_mem_table(&guest.regions()).unwrap();
+    start(&mut front_end, 0, &kick);
+    let (unmappable, _other) = std::io::pipe().unwrap();
+    let region = |number: u64| VhostUserMemoryRegionInfo {
+        guest_phys_addr: 1 << 40 | number << 12,
+        memory_size: 1 << 12,
+        userspace_addr: USER | 1 << 40 | number << 12,
+        mmap_offset: 0,
+        mmap_handle: match number {
+            50 => unmappable.as_raw_fd(),
+            _ => guest.0.as_raw_fd(),
+        },
+    };
+    for number in 0..200 {
+        front_end.add_mem_region(&region(number)).unwrap();
+    }
+    guest.offer(1);
+    kick.write(1).unwrap();
+    guest.wait_for_used(1);
+    for number in 0..200 {
+        front_end.remove_mem_region(&region(number)).unwrap();
+    }
+    guest.offer(2);
+    kick.write(1).unwrap();
+    guest.wait_for_used(2);
+    assert!(front_end.remove_mem_region(&region(7)).is_err());
+    drop(front_end);
+    let ended = served.join().unwrap();
+    assert!(
+        matches!(ended, Err(Disconnected::Malformed(_))),
+        "{ended:?}"
+    );
+}
+
 #[test]
 fn a_front_end_that_breaks_the_rules_is_disconnected_and_the_next_one_is_served() {
     let back_end = back_end(1 << 20);

@@ -8,6 +8,7 @@
 use super::shmem::Region;
 use crate::aperture::Aperture;
 use crate::device::{Device, Interrupt};
+use crate::logging::guest_log;
 use std::fs::File;
 use std::io::{self, Write};
 use std::os::fd::{AsRawFd, OwnedFd};
@@ -23,16 +24,16 @@ use vhost::vhost_user::message::{
 use vhost::vhost_user::{Backend, Error, GpuBackend, Result, VhostUserBackendReqHandlerMut};
 use virtio_queue::{Queue, QueueT};
 use vm_memory::{
-    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestMemoryRegion,
-    GuestRegionMmap,
+    GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryMmap, GuestRegionMmap,
 };
 use vmm_sys_util::epoll::{ControlOperation, Epoll, EpollEvent, EventSet};
 
 /// Marks the doorbell of the event queue.
 const EVENT_QUEUE: u64 = 1;
 
-/// Most regions of a guest's memory; as many as fit into one message that has them all.
-const REGIONS_MAX: u64 = 32;
+/// Most regions of a guest's memory: as many as QEMU has (VHOST_USER_MAX_RAM_SLOTS), which takes what is mapped in the aperture for
+/// memory, too, and shows it.
+const REGIONS_MAX: u64 = 512;
 
 /// A device and the front end that it is connected to.
 pub struct BackEnd {
@@ -53,7 +54,7 @@ pub struct BackEnd {
 }
 
 /// A region of the guest's memory in the front end's address space.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, PartialEq, Eq)]
 struct Place {
     user: u64,
     guest: u64,
@@ -275,16 +276,29 @@ impl BackEnd {
     }
 }
 
-/// Maps a region of the guest's memory.
-fn map(region: &VhostUserMemoryRegion, file: File) -> Result<(Place, GuestRegionMmap)> {
-    let place = Place {
-        user: region.user_addr,
-        guest: region.guest_phys_addr,
-        length: region.memory_size,
-    };
-    let mapping = region.mmap_region(file)?;
-    let mapping = GuestRegionMmap::new(mapping, GuestAddress(place.guest));
-    Ok((place, mapping.ok_or(Error::InvalidParam)?))
+impl Place {
+    fn of(region: &VhostUserMemoryRegion) -> Self {
+        Self {
+            user: region.user_addr,
+            guest: region.guest_phys_addr,
+            length: region.memory_size,
+        }
+    }
+}
+
+/// Maps a region of the guest's memory. What cannot be mapped is a hole: a front end may show what is no RAM.
+fn map(region: &VhostUserMemoryRegion, file: File) -> Option<GuestRegionMmap> {
+    let Place { guest, length, .. } = Place::of(region);
+    match region.mmap_region(file) {
+        Ok(mapping) => GuestRegionMmap::new(mapping, GuestAddress(guest)),
+        Err(error) => {
+            guest_log!(
+                warn,
+                "{length} bytes of the guest's memory at {guest:#x} cannot be mapped ({error}): requests that lie there will fail"
+            );
+            None
+        }
+    }
 }
 
 /// What the device does not do.
@@ -324,15 +338,11 @@ impl VhostUserBackendReqHandlerMut for BackEnd {
         files: Vec<File>,
         _postcopy_listening: Option<bool>,
     ) -> Result<Option<Vec<VhostUserMemoryRegionBase>>> {
-        let (mut places, mut mappings) = (Vec::new(), Vec::new());
-        for (region, file) in regions.iter().zip(files) {
-            let (place, mapping) = map(region, file)?;
-            places.push(place);
-            mappings.push(mapping);
-        }
-        let memory = GuestMemoryMmap::from_regions(mappings).map_err(|_| Error::InvalidParam)?;
-        self.replace_memory(memory);
-        self.places = places;
+        let mappings = regions.iter().zip(files);
+        let mappings = mappings.filter_map(|(region, file)| map(region, file));
+        let memory = GuestMemoryMmap::from_regions(mappings.collect());
+        self.replace_memory(memory.map_err(|_| Error::InvalidParam)?);
+        self.places = regions.iter().map(Place::of).collect();
         Ok(None)
     }
 
@@ -513,23 +523,25 @@ impl VhostUserBackendReqHandlerMut for BackEnd {
         if self.places.len() as u64 >= REGIONS_MAX {
             return Err(Error::InvalidParam);
         }
-        let (place, mapping) = map(region, file)?;
-        let memory = self.memory.memory().insert_region(Arc::new(mapping));
-        self.replace_memory(memory.map_err(|_| Error::InvalidParam)?);
-        self.places.push(place);
+        if let Some(mapping) = map(region, file) {
+            let memory = self.memory.memory().insert_region(Arc::new(mapping));
+            self.replace_memory(memory.map_err(|_| Error::InvalidParam)?);
+        }
+        self.places.push(Place::of(region));
         Ok(None)
     }
 
     fn remove_mem_region(&mut self, region: &VhostUserSingleMemoryRegion) -> Result<()> {
-        let guest = region.guest_phys_addr;
-        let removed = self
-            .memory
-            .memory()
-            .remove_region(GuestAddress(guest), region.memory_size);
-        let (memory, removed) = removed.map_err(|_| Error::InvalidParam)?;
-        self.replace_memory(memory);
-        self.places
-            .retain(|place| place.guest != removed.start_addr().0);
+        let place = Place::of(region);
+        let mut places = self.places.iter();
+        let index = places.position(|other| *other == place);
+        self.places.swap_remove(index.ok_or(Error::InvalidParam)?);
+        // A hole has no mapping.
+        let memory = self.memory.memory();
+        let removed = memory.remove_region(GuestAddress(place.guest), place.length);
+        if let Ok((memory, _)) = removed {
+            self.replace_memory(memory);
+        }
         Ok(())
     }
 
