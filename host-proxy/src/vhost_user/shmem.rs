@@ -1,6 +1,6 @@
 //! The aperture of a guest whose VMM is another process: each mapping is a message to it, with the descriptor to be mapped.
 
-use crate::aperture::Window;
+use crate::aperture::{Reservation, Window};
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsRawFd;
@@ -89,6 +89,8 @@ impl Window for Region {
         file: &dyn AsRawFd,
         file_offset: u64,
     ) -> io::Result<()> {
+        // A front end that cannot map it does not say why, and QEMU listens no longer.
+        Reservation::new(length)?.map(0, length, file, file_offset)?;
         let message = Self::message(offset, length, file_offset);
         let range = offset..offset.saturating_add(length);
         let map = || self.front_end.shmem_map(&message, &file.as_raw_fd());
@@ -96,7 +98,7 @@ impl Window for Region {
             Err(_) if self.make_room(&range) => map(),
             mapped => mapped,
         };
-        // Why it does not want to, the front end does not say.
+        // What it has no room for.
         mapped.map_err(|_| io::Error::from_raw_os_error(libc::ENOMEM))?;
         self.forget(&range);
         Ok(())
@@ -121,7 +123,6 @@ impl Window for Region {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use std::fs::File;
     use std::io::{Read, Write};
     use std::os::unix::net::UnixStream;
     use std::sync::Arc;
@@ -173,8 +174,19 @@ mod tests {
     }
 
     fn map(region: &Region, page: u64) -> io::Result<()> {
-        let file = File::open("/dev/zero").unwrap();
+        let file = tempfile::tempfile().unwrap();
         region.map(page * PAGE, PAGE, &file, 0)
+    }
+
+    #[test]
+    fn what_cannot_be_mapped_has_the_kernels_errno_and_the_front_end_does_not_hear_of_it() {
+        let (region, front_end) = region();
+        let (pipe, _other) = io::pipe().unwrap();
+        let file = tempfile::tempfile().unwrap();
+        let errno = |refused: io::Result<()>| refused.unwrap_err().raw_os_error();
+        assert_eq!(errno(region.map(0, PAGE, &pipe, 0)), Some(libc::EACCES));
+        assert_eq!(errno(region.map(0, PAGE, &file, 1)), Some(libc::EINVAL));
+        assert_eq!(*front_end.told.lock().unwrap(), []);
     }
 
     #[test]
