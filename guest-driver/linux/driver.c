@@ -16,7 +16,9 @@
 
 #include "pvgpu.h"
 
+#ifndef PVGPU_DEVICE_ID
 #define PVGPU_DEVICE_ID 63
+#endif
 #define PVGPU_MAGIC 0x50475650u	/* "PVGP" */
 
 /* The virtio configuration space (protocol/src/wire.rs). */

@@ -18,6 +18,7 @@ mod lock_file;
 mod memory_safety;
 mod packages;
 mod programs;
+mod qemu;
 mod replay;
 mod say;
 mod soak;
@@ -58,6 +59,8 @@ enum Task {
     Soak(soak::Arguments),
     /// Run all tests: format, lints, unit and doc tests, end to end on KVM and in the testbed
     Test(test::Arguments),
+    /// Boot a Debian guest under an unmodified QEMU whose GPU is a pvgpu-proxyd's, and check what it finds
+    Qemu(qemu::Arguments),
     /// Send what `mini-vmm run --trace` recorded to a fresh GPU, and compare the results
     Replay(replay::Arguments),
     /// Print what `mini-vmm run --trace` recorded, a line per request
@@ -78,6 +81,7 @@ fn main() -> ExitCode {
         Task::Fuzz(arguments) => fuzz::run(&arguments),
         Task::Soak(arguments) => soak::run(&arguments),
         Task::Test(arguments) => test::run(&arguments),
+        Task::Qemu(arguments) => qemu::run(&arguments),
         Task::Replay(arguments) => replay::run(&arguments),
         Task::Trace(arguments) => trace::run(&arguments),
         Task::Unsafe(arguments) => unsafe_lines::run(&arguments),

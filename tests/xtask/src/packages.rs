@@ -162,6 +162,94 @@ fn install_from_backports(packages: &[&str], scratch: &Path) -> Result<(), Packa
     Ok(())
 }
 
+/// A program of another Debian, beside the libraries that it needs.
+pub struct ForeignProgram {
+    root: PathBuf,
+    name: &'static str,
+}
+
+impl ForeignProgram {
+    /// Adds what starts it to a command; it sees this system's files.
+    pub fn extend(&self, command: &mut Command) {
+        let libraries = self.root.join("usr/lib/x86_64-linux-gnu");
+        let share = self.root.join("usr/share");
+        command.arg(self.root.join("usr/lib64/ld-linux-x86-64.so.2"));
+        command.arg("--library-path").arg(&libraries);
+        command.arg(self.root.join("usr/bin").join(self.name));
+        for folder in ["qemu", "seabios"] {
+            command.arg("-L").arg(share.join(folder));
+        }
+        command.env("QEMU_MODULE_DIR", libraries.join("qemu"));
+    }
+}
+
+/// QEMU of Debian 13's backports, extracted into a folder in `scratch`, not installed: nothing of this system changes, and anybody
+/// may do it.
+pub fn qemu_of_trixie(scratch: &Path) -> Result<ForeignProgram, PackageError> {
+    const SOURCES: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n\
+         deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie-backports main\n";
+    let folder = scratch.join("trixie");
+    let qemu = ForeignProgram {
+        root: folder.join("root"),
+        name: "qemu-system-x86_64",
+    };
+    let version = || {
+        let mut env = Command::new("env");
+        qemu.extend(&mut env);
+        command::capture(env.arg("--version"))
+    };
+    if version().is_ok() {
+        return Ok(qemu);
+    }
+    eprintln!("downloading QEMU of Debian 13's backports (once, about 40 MB)");
+    let failed = |source| PackageError::Scratch {
+        path: folder.clone(),
+        source,
+    };
+    let (state, cache) = (folder.join("state"), folder.join("cache"));
+    let (sources, archives) = (folder.join("sources.list"), cache.join("archives"));
+    std::fs::create_dir_all(state.join("lists/partial"))
+        .and_then(|()| std::fs::create_dir_all(archives.join("partial")))
+        .and_then(|()| std::fs::write(state.join("status"), ""))
+        .and_then(|()| std::fs::write(&sources, SOURCES))
+        .map_err(failed)?;
+    let apt = |arguments: &[&str]| {
+        let option = |name: &str, value: &Path| format!("--option={name}={}", value.display());
+        let mut apt = Command::new("apt-get");
+        apt.arg(option("Dir::Etc::SourceList", &sources))
+            .args([
+                "--option=Dir::Etc::SourceParts=/nonexistent",
+                "--option=APT::Sandbox::User=root",
+                "--option=Debug::NoLocking=1",
+            ])
+            .arg(option("Dir::State", &state))
+            .arg(option("Dir::State::status", &state.join("status")))
+            .arg(option("Dir::Cache", &cache))
+            .args(arguments);
+        command::capture(&mut apt)
+    };
+    apt(&["update", "--quiet"])?;
+    apt(&[
+        "install",
+        "--yes",
+        "--download-only",
+        "--no-install-recommends",
+        "--target-release=trixie-backports",
+        "qemu-system-x86",
+    ])?;
+    for entry in std::fs::read_dir(&archives).map_err(failed)? {
+        let archive = entry.map_err(failed)?.path();
+        if archive
+            .extension()
+            .is_some_and(|extension| extension == "deb")
+        {
+            command::capture(Command::new("dpkg").arg("-x").arg(&archive).arg(&qemu.root))?;
+        }
+    }
+    version()?;
+    Ok(qemu)
+}
+
 /// Installs the headers of the kernels that the tables of ioctls are compared with.
 pub fn install_headers() -> Result<(), PackageError> {
     install_missing(&["gcc", "libc6-dev"])?;

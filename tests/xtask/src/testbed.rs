@@ -293,6 +293,30 @@ fn prepare_with(l1: &str, l2: Option<&Path>) -> Result<Machine, Error> {
     })
 }
 
+/// The kernel (a bzImage, Debian's of that name or the one that was built in `sources`) and the initramfs of a Linux guest whose GPU
+/// has that number of virtio's.
+pub fn guest_for(
+    name: &str,
+    sources: Option<&Path>,
+    device: u32,
+) -> Result<(PathBuf, PathBuf), Error> {
+    let cache = programs::target_directory()?.join("testbed");
+    fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
+    let lock_path = cache.join("lock");
+    let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
+    lock.lock().map_err(file_error("lock", &lock_path))?;
+    packages::install_missing(packages::TESTBED)?;
+    let package = kernel::GUESTS.iter().find(|(known, _)| *known == name);
+    let kernel = match sources {
+        Some(sources) => kernel::built(&cache, sources)?,
+        None => kernel::fetch(&cache, package.map_or(kernel::L1, |(_, package)| package))?,
+    };
+    let programs = programs::build(boot::PROGRAMS)?;
+    let initramfs = cache.join(format!("guest-{name}-device{device}.cpio"));
+    boot::guest(&kernel, &programs, &cache, Some(device))?.write(&initramfs)?;
+    Ok((kernel.bzimage, initramfs))
+}
+
 /// Runs the tests. Gives the task's exit code.
 fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
     let started = Instant::now();

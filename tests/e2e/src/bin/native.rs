@@ -3,14 +3,17 @@
 
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use pvgpu_e2e::drm_ioctl::{self, Kind, Node};
+use pvgpu_e2e::loopback_file::LoopbackFile;
 use pvgpu_e2e::picture_file;
+use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 use pvgpu_scenarios::{Picture, soft, vgem, virtio_gpu};
 
-const USAGE: &str = "usage: native (--node PATH | --driver soft|vgem|virtio_gpu) [--scenario soft|vgem|virtio_gpu] \
+const USAGE: &str = "usage: native (--node PATH | --driver soft|vgem|virtio_gpu|embedded) [--scenario soft|vgem|virtio_gpu] \
 [--output FILE.png|FILE.rgba]\n\
-Runs the scenario (by default the driver's own) on a DRM node, says how long each step took, and writes the picture.";
+Runs the scenario (by default the driver's own) on a DRM node, or on an embedded GPU of its own, says how long each step took, and writes the picture.";
 
 /// What the command line says.
 #[derive(Default)]
@@ -51,9 +54,6 @@ fn parse(mut words: impl Iterator<Item = String>) -> Option<Arguments> {
 }
 
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
-    let mut node = open(arguments)?;
-    let (driver, version) = node.version()?;
-    let scenario = arguments.scenario.as_ref().unwrap_or(&driver);
     let mut report = |name: &'static str, nanoseconds: u64| {
         println!(
             "{name}: {}.{} us",
@@ -61,12 +61,20 @@ fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
             nanoseconds / 100 % 10
         );
     };
-    println!("{scenario} on {} ({driver} {version})", node.path.display());
-    let picture = match scenario.as_str() {
-        "soft" => soft::draw(&mut node, &mut report)?,
-        "vgem" => vgem::draw(&mut node, &mut report)?,
-        "virtio_gpu" => virtio_gpu::draw(&mut node, &mut report)?,
-        other => return Err(format!("no scenario is called {other}: see native --help").into()),
+    let picture = if arguments.driver.as_deref() == Some("embedded") {
+        let driver = SoftDriver::new(SoftConfig::default())?;
+        soft::draw(&mut LoopbackFile::open(Arc::new(driver))?, &mut report)?
+    } else {
+        let mut node = open(arguments)?;
+        let (driver, version) = node.version()?;
+        let scenario = arguments.scenario.as_ref().unwrap_or(&driver);
+        println!("{scenario} on {} ({driver} {version})", node.path.display());
+        match scenario.as_str() {
+            "soft" => soft::draw(&mut node, &mut report)?,
+            "vgem" => vgem::draw(&mut node, &mut report)?,
+            "virtio_gpu" => virtio_gpu::draw(&mut node, &mut report)?,
+            other => return Err(format!("no scenario is called {other}: see native --help").into()),
+        }
     };
     println!(
         "picture {}x{} {:016x}",

@@ -66,7 +66,7 @@ pub fn write(
         fs::create_dir_all(&folder).map_err(file_error("create", &folder))?;
         link(&kernel.elf, &folder.join("vmlinux"))?;
         link(&kernel.bzimage, &folder.join("bzImage"))?;
-        guest(kernel, programs, scratch)?.write(&folder.join("l2.cpio"))?;
+        guest(kernel, programs, scratch, None)?.write(&folder.join("l2.cpio"))?;
     }
     Ok(())
 }
@@ -83,8 +83,14 @@ fn link(source: &Path, target: &Path) -> Result<(), Error> {
     fs::rename(&partial, target).map_err(file_error("write", target))
 }
 
-/// The initramfs of a Linux in L2: `l2-init`, the guest driver, programs that draw, and a shell.
-fn guest(kernel: &Kernel, programs: &[Built], scratch: &Path) -> Result<Archive, Error> {
+/// The initramfs of a Linux in L2: `l2-init`, the guest driver (for that number of virtio's, or its own), programs that draw, and a
+/// shell.
+pub fn guest(
+    kernel: &Kernel,
+    programs: &[Built],
+    scratch: &Path,
+    device: Option<u32>,
+) -> Result<Archive, Error> {
     let mut archive = Archive::new();
     for folder in ["dev", "proc", "sys", "tmp"] {
         archive.folder(Path::new(folder));
@@ -103,7 +109,7 @@ fn guest(kernel: &Kernel, programs: &[Built], scratch: &Path) -> Result<Archive,
         Command::new("strip")
             .args(["--strip-debug", "-o"])
             .arg(&module)
-            .arg(linux_module(kernel)?),
+            .arg(linux_module(kernel, device)?),
     )?;
     let mut wanted = kernel::dependencies(&module)?;
     wanted.extend(GUEST_MODULES.iter().map(|name| (*name).to_owned()));
@@ -113,7 +119,7 @@ fn guest(kernel: &Kernel, programs: &[Built], scratch: &Path) -> Result<Archive,
 }
 
 /// Builds the guest driver for `kernel` and gives the module.
-fn linux_module(kernel: &Kernel) -> Result<PathBuf, Error> {
+fn linux_module(kernel: &Kernel, device: Option<u32>) -> Result<PathBuf, Error> {
     packages::install_missing(packages::LINUX_MODULE)?;
     let (headers, name) = match &kernel.headers {
         Headers::Package(package) => {
@@ -125,6 +131,13 @@ fn linux_module(kernel: &Kernel) -> Result<PathBuf, Error> {
     let folder = programs::target_directory()?
         .with_file_name("guest-driver")
         .join("linux");
+    let (name, number) = match device {
+        Some(number) => (
+            format!("{name}-device{number}"),
+            format!("DEVICE_ID={number}"),
+        ),
+        None => (name.to_owned(), String::new()),
+    };
     let out = folder.join("build").join(name);
     command::capture(
         Command::new("make")
@@ -132,6 +145,7 @@ fn linux_module(kernel: &Kernel) -> Result<PathBuf, Error> {
             .arg(&folder)
             .arg(format!("KDIR={}", headers.display()))
             .arg(format!("OUT={}", out.display()))
+            .args((!number.is_empty()).then_some(number))
             .arg("W=1e") // no warning may be left
             // This task's own cargo has set variables that are not meant for another compiler.
             .env_remove("RUSTC")
