@@ -70,6 +70,14 @@ const TESTS: [(&str, &[&str], &str, usize); 4] = [
     ),
 ];
 
+/// Runs it with the first of the testbed's kernels.
+pub fn check() -> ExitCode {
+    run(&Arguments {
+        kernel: testbed::GUESTS[0].0.to_owned(),
+        guest_kernel: None,
+    })
+}
+
 /// Runs the task.
 pub fn run(arguments: &Arguments) -> ExitCode {
     match tests(arguments) {

@@ -8,6 +8,7 @@ use crate::fuzz;
 use crate::lock_file;
 use crate::memory_safety;
 use crate::packages;
+use crate::qemu;
 use crate::say::say;
 use crate::testbed;
 use crate::unsafe_lines;
@@ -129,6 +130,14 @@ const STEPS: &[Step] = &[
         run: |_| match testbed::run(&testbed_arguments()) {
             code if code == ExitCode::SUCCESS => Ok(()),
             _ => Err("see above; docs/testbed.md says what to do".into()),
+        },
+    },
+    Step {
+        name: "qemu",
+        what: "a guest under an unmodified QEMU finds the daemon's GPU",
+        run: |_| match qemu::check() {
+            code if code == ExitCode::SUCCESS => Ok(()),
+            _ => Err("see above; docs/vhost-user.md says more".into()),
         },
     },
 ];
