@@ -1,6 +1,6 @@
 //! The same tests over vhost-user: `l1-tests --over` gives the GPU of every guest that a test starts to a `pvgpu-proxyd`.
 //!
-//! [`super::mini_vmm`] asks here for each guest. What a test tells mini-vmm of the GPU, the daemon is told then; the test itself,
+//! `mini_vmm` asks here for each guest. What a test tells mini-vmm of the GPU, the daemon is told then; the test itself,
 //! the guest and what both must find stay as they are.
 
 use std::fs::File;
