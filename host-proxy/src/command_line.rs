@@ -36,23 +36,20 @@ pub fn usage(error: &clap::Error, program: &str, commands: &[&str]) -> ExitCode 
             Err(_) => ExitCode::FAILURE,
         };
     }
-    let command = std::env::args().nth(1);
-    let command = command.filter(|word| commands.contains(&word.as_str()));
-    let help = match (error.kind(), command) {
-        (DisplayHelpOnMissingArgumentOrSubcommand, _) | (_, None) => format!("{program} --help"),
-        (_, Some(command)) => format!("{program} {command} --help"),
-    };
-    let text = match error.kind() {
+    let (text, command) = match error.kind() {
         DisplayHelpOnMissingArgumentOrSubcommand => {
             let (last, others) = commands.split_last().unwrap_or((&"", &[]));
-            format!("say what to do: {} or {last}", others.join(", "))
+            let text = format!("say what to do: {} or {last}", others.join(", "));
+            (text, None)
         }
-        _ => error.to_string(),
+        _ => (error.to_string(), std::env::args().nth(1)),
     };
+    let command = command.filter(|word| commands.contains(&word.as_str()));
+    let command = command.map_or_else(String::new, |word| format!("{word} "));
     let cause = text.split("\n\n").next().unwrap_or_default();
     let cause: Vec<&str> = cause.lines().map(str::trim).collect();
     let cause = cause.join(" ");
     let cause = cause.trim_start_matches("error: ");
-    eprintln!("{program}: {cause}; see {help}");
+    eprintln!("{program}: {cause}; see {program} {command}--help");
     ExitCode::from(USAGE)
 }

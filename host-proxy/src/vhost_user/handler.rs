@@ -136,9 +136,6 @@ impl BackEnd {
 
     /// The front end is gone: everything is as it was before it came.
     pub(super) fn disconnect(&mut self) {
-        if let Some(region) = &self.region {
-            region.close();
-        }
         self.reset_rings();
         self.device.set_aperture(None);
         self.region = None;
