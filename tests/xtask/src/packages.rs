@@ -162,20 +162,19 @@ fn install_from_backports(packages: &[&str], scratch: &Path) -> Result<(), Packa
     Ok(())
 }
 
-/// A program of another Debian, beside the libraries that it needs.
-pub struct ForeignProgram {
+/// QEMU of another Debian, beside the libraries that it needs.
+pub struct Qemu {
     root: PathBuf,
-    name: &'static str,
 }
 
-impl ForeignProgram {
+impl Qemu {
     /// Adds what starts it to a command; it sees this system's files.
     pub fn extend(&self, command: &mut Command) {
         let libraries = self.root.join("usr/lib/x86_64-linux-gnu");
         let share = self.root.join("usr/share");
         command.arg(self.root.join("usr/lib64/ld-linux-x86-64.so.2"));
         command.arg("--library-path").arg(&libraries);
-        command.arg(self.root.join("usr/bin").join(self.name));
+        command.arg(self.root.join("usr/bin/qemu-system-x86_64"));
         for folder in ["qemu", "seabios"] {
             command.arg("-L").arg(share.join(folder));
         }
@@ -185,13 +184,12 @@ impl ForeignProgram {
 
 /// QEMU of Debian 13's backports, extracted into a folder in `scratch`, not installed: nothing of this system changes, and anybody
 /// may do it.
-pub fn qemu_of_trixie(scratch: &Path) -> Result<ForeignProgram, PackageError> {
+pub fn qemu_of_trixie(scratch: &Path) -> Result<Qemu, PackageError> {
     const SOURCES: &str = "deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie main\n\
          deb [signed-by=/usr/share/keyrings/debian-archive-keyring.gpg] http://deb.debian.org/debian trixie-backports main\n";
     let folder = scratch.join("trixie");
-    let qemu = ForeignProgram {
+    let qemu = Qemu {
         root: folder.join("root"),
-        name: "qemu-system-x86_64",
     };
     let version = || {
         let mut env = Command::new("env");

@@ -6,14 +6,14 @@
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};
-use std::process::{Child, Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode, Stdio};
 use std::sync::mpsc::{self, RecvTimeoutError};
 use std::time::{Duration, Instant};
 
-use crate::packages::{self, ForeignProgram};
+use crate::packages::{self, Qemu};
 use crate::programs::{self, NATIVE, PROXYD};
 use crate::say::say;
-use crate::testbed;
+use crate::testbed::{self, Process, bound};
 
 /// Which guest.
 #[derive(clap::Args)]
@@ -125,27 +125,13 @@ fn tests(arguments: &Arguments) -> Result<bool, Error> {
     Ok(passed)
 }
 
-/// What keeps a process from outliving this one, whatever way that ends.
-const DIES_WITH_THIS: [&str; 2] = ["--pdeathsig", "KILL"];
-
-/// A process that does not outlive this value.
-struct Running(Child);
-
-impl Drop for Running {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn daemon(program: &Path, socket: &Path, options: &[&str]) -> Result<Running, Error> {
-    let mut command = Command::new("setpriv");
-    command.args(DIES_WITH_THIS).arg(program);
+fn daemon(program: &Path, socket: &Path, options: &[&str]) -> Result<Process, Error> {
+    let mut command = bound(program);
     command.arg("--socket").arg(socket);
     command.args(["--queues", "2"]).args(options);
     let mut child = command.stderr(Stdio::piped()).spawn()?;
     let mut said = BufReader::new(child.stderr.take().ok_or("no pipe")?);
-    let daemon = Running(child);
+    let daemon = Process(child);
     let mut line = String::new();
     while !line.contains("waiting for a front end") {
         line.clear();
@@ -160,13 +146,12 @@ fn daemon(program: &Path, socket: &Path, options: &[&str]) -> Result<Running, Er
 
 /// Boots the guest, and gives what it has written when QEMU ends.
 fn boot(
-    qemu: &ForeignProgram,
+    qemu: &Qemu,
     (kernel, initramfs): &(PathBuf, PathBuf),
     socket: &Path,
     parameters: &str,
 ) -> Result<Vec<String>, Error> {
-    let mut command = Command::new("setpriv");
-    command.args(DIES_WITH_THIS);
+    let mut command = bound("env");
     qemu.extend(&mut command);
     command.args(["-nodefaults", "-no-user-config", "-no-reboot"]);
     command.args([
@@ -200,7 +185,7 @@ fn boot(
         .stdout(Stdio::piped())
         .spawn()?;
     let console = BufReader::new(child.stdout.take().ok_or("no pipe")?);
-    let _qemu = Running(child);
+    let _qemu = Process(child);
     let (say, said) = mpsc::channel();
     std::thread::spawn(move || {
         for line in console.split(b'\n').map_while(Result::ok) {

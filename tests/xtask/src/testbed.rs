@@ -17,7 +17,7 @@ use crate::packages::{self, PackageError};
 use crate::programs::{self, BuildError};
 use crate::say::say;
 pub use kernel::GUESTS;
-pub use machine::{Ended, Machine};
+pub use machine::{Ended, Machine, Process, bound};
 pub use report::is_kernel_message;
 
 use report::Report;
@@ -239,6 +239,17 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     )
 }
 
+/// The folder that keeps what was downloaded and built. Two runs at once share it: one prepares it at a time, as long as it has the
+/// file.
+fn lock_cache() -> Result<(PathBuf, File), Error> {
+    let cache = programs::target_directory()?.join("testbed");
+    fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
+    let path = cache.join("lock");
+    let lock = File::create(&path).map_err(file_error("create", &path))?;
+    lock.lock().map_err(file_error("lock", &path))?;
+    Ok((cache, lock))
+}
+
 /// Everything up to a machine with two processors that can be started, with the programs as they are now.
 pub fn prepare() -> Result<Machine, Error> {
     prepare_with(kernel::L1, None)
@@ -246,13 +257,7 @@ pub fn prepare() -> Result<Machine, Error> {
 
 /// As [`prepare`], with the kernel of another package in L1, and one of other sources in L2.
 fn prepare_with(l1: &str, l2: Option<&Path>) -> Result<Machine, Error> {
-    let cache = programs::target_directory()?.join("testbed");
-    fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
-    // Two runs at once share the cache: one prepares it at a time.
-    let lock_path = cache.join("lock");
-    let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
-    lock.lock().map_err(file_error("lock", &lock_path))?;
-
+    let (cache, _lock) = lock_cache()?;
     packages::install_qemu(&cache)?;
     packages::install_missing(packages::TESTBED)?;
     let kernel = kernel::fetch(&cache, l1)?;
@@ -300,11 +305,7 @@ pub fn guest_for(
     sources: Option<&Path>,
     device: u32,
 ) -> Result<(PathBuf, PathBuf), Error> {
-    let cache = programs::target_directory()?.join("testbed");
-    fs::create_dir_all(&cache).map_err(file_error("create", &cache))?;
-    let lock_path = cache.join("lock");
-    let lock = File::create(&lock_path).map_err(file_error("create", &lock_path))?;
-    lock.lock().map_err(file_error("lock", &lock_path))?;
+    let (cache, _lock) = lock_cache()?;
     packages::install_missing(packages::TESTBED)?;
     let package = kernel::GUESTS.iter().find(|(known, _)| *known == name);
     let kernel = match sources {

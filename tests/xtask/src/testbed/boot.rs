@@ -131,21 +131,15 @@ fn linux_module(kernel: &Kernel, device: Option<u32>) -> Result<PathBuf, Error> 
     let folder = programs::target_directory()?
         .with_file_name("guest-driver")
         .join("linux");
-    let (name, number) = match device {
-        Some(number) => (
-            format!("{name}-device{number}"),
-            format!("DEVICE_ID={number}"),
-        ),
-        None => (name.to_owned(), String::new()),
-    };
-    let out = folder.join("build").join(name);
+    let suffix = device.map_or_else(String::new, |number| format!("-device{number}"));
+    let out = folder.join("build").join(format!("{name}{suffix}"));
     command::capture(
         Command::new("make")
             .args(["--silent", "-C"])
             .arg(&folder)
             .arg(format!("KDIR={}", headers.display()))
             .arg(format!("OUT={}", out.display()))
-            .args((!number.is_empty()).then_some(number))
+            .args(device.map(|number| format!("DEVICE_ID={number}")))
             .arg("W=1e") // no warning may be left
             // This task's own cargo has set variables that are not meant for another compiler.
             .env_remove("RUSTC")

@@ -2,6 +2,7 @@
 //! without a screen. Whatever way this process ends, both die with it (`setpriv --pdeathsig`), and both are
 //! killed when this code leaves.
 
+use std::ffi::OsStr;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -52,7 +53,7 @@ pub enum Ended {
 }
 
 /// A child process that does not outlive this value.
-struct Process(Child);
+pub struct Process(pub Child);
 
 impl Drop for Process {
     fn drop(&mut self) {
@@ -69,9 +70,9 @@ struct Display {
 }
 
 /// A command that is killed when this process ends in any way.
-fn bound(program: &str) -> Command {
+pub fn bound(program: impl AsRef<OsStr>) -> Command {
     let mut command = Command::new("setpriv");
-    command.args(["--pdeathsig", "KILL", program]);
+    command.args(["--pdeathsig", "KILL"]).arg(program);
     command
 }
 
