@@ -3,8 +3,10 @@
 //!
 //! To add a test, write a function and its row in its file's table, or a new file and its table's row in [`tests`].
 
-use std::io::Write;
+use std::fs::File;
+use std::io::{self, Write};
 use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
 use std::time::Instant;
 
 mod boot;
@@ -77,16 +79,42 @@ macro_rules! ensure {
     };
 }
 
-/// Runs the tests whose names contain `filter`, writing to `output` a line when one starts and one when it ends,
-/// and at last the counts. Ends at the first failure unless `keep_going`. True when there were some and all passed.
-pub fn run(
-    tests: &[&Test],
-    filter: &str,
-    keep_going: bool,
-    output: &mut impl Write,
-) -> std::io::Result<bool> {
+/// Which tests to run, and how far.
+#[derive(Default)]
+pub struct Selection {
+    /// Those whose names contain this.
+    pub filter: String,
+    /// Beyond the first failure, too.
+    pub keep_going: bool,
+    /// A folder that several machines share: each test is run by the one that makes the file of its name there.
+    pub claims: Option<PathBuf>,
+}
+
+impl Selection {
+    /// Whether this machine is to run the test.
+    fn takes(&self, test: &Test) -> io::Result<bool> {
+        if !test.name.contains(&self.filter) {
+            return Ok(false);
+        }
+        let Some(claims) = &self.claims else {
+            return Ok(true);
+        };
+        match File::create_new(claims.join(test.name)) {
+            Ok(_) => Ok(true),
+            Err(error) if error.kind() == io::ErrorKind::AlreadyExists => Ok(false),
+            Err(error) => Err(error),
+        }
+    }
+}
+
+/// Runs the tests of the selection, writing to `output` a line when one starts and one when it ends, and at last the counts.
+/// True when all passed, and there were some or others may have taken them.
+pub fn run(tests: &[&Test], selection: &Selection, output: &mut impl Write) -> io::Result<bool> {
     let (mut passed, mut failed) = (0, 0);
-    for test in tests.iter().filter(|test| test.name.contains(filter)) {
+    for test in tests {
+        if !selection.takes(test)? {
+            continue;
+        }
         if let Some(reason) = over::left_out(test) {
             writeln!(output, "left out {}: {reason}", test.name)?;
             continue;
@@ -112,7 +140,7 @@ pub fn run(
                 failed += 1;
                 let reason = failure.lines().collect::<Vec<_>>().join("; ");
                 writeln!(output, "FAILED {} {reason}", test.name)?;
-                if !keep_going {
+                if !selection.keep_going {
                     break;
                 }
             }
@@ -120,7 +148,7 @@ pub fn run(
     }
     writeln!(output, "{passed} passed, {failed} failed")?;
     output.flush()?;
-    Ok(passed > 0 && failed == 0)
+    Ok((passed > 0 || selection.claims.is_some()) && failed == 0)
 }
 
 #[cfg(test)]
@@ -144,7 +172,12 @@ mod unit_tests {
 
     fn lines(filter: &str, keep_going: bool) -> (bool, Vec<String>) {
         let mut output = Vec::new();
-        let passed = run(MIXED, filter, keep_going, &mut output).unwrap();
+        let selection = Selection {
+            filter: filter.to_owned(),
+            keep_going,
+            claims: None,
+        };
+        let passed = run(MIXED, &selection, &mut output).unwrap();
         (
             passed,
             String::from_utf8(output)
@@ -177,6 +210,23 @@ mod unit_tests {
     fn a_filter_that_matches_nothing_does_not_pass() {
         assert!(!lines("nothing", false).0);
         assert!(lines("good", false).0);
+    }
+
+    #[test]
+    fn machines_that_share_a_folder_run_each_test_once() {
+        let folder = tempfile::tempdir().unwrap();
+        let selection = Selection {
+            filter: "good".to_owned(),
+            claims: Some(folder.path().to_owned()),
+            ..Selection::default()
+        };
+        let run = || {
+            let mut output = Vec::new();
+            assert!(run(MIXED, &selection, &mut output).unwrap());
+            String::from_utf8(output).unwrap()
+        };
+        assert!(run().ends_with("1 passed, 0 failed\n"));
+        assert_eq!(run(), "0 passed, 0 failed\n");
     }
 
     #[test]

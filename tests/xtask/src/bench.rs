@@ -191,7 +191,7 @@ fn in_testbed(rounds: u32) -> Result<Results, Error> {
         &rounds,
     ];
     let mut lines = Vec::new();
-    let ended = machine.run(&words, TESTBED_LIMIT, |line| {
+    let ended = machine.run(&words, TESTBED_LIMIT, TESTBED_LIMIT, |line| {
         if line.starts_with('{') {
             lines.push(line.to_owned());
         } else {

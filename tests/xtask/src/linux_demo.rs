@@ -162,7 +162,7 @@ fn demo(arguments: &Arguments) -> Result<Report, Error> {
         &format!("/shared/{name}"),
     ];
     let mut report = None;
-    let ended = machine.run(&words, LIMIT, |line| {
+    let ended = machine.run(&words, LIMIT, LIMIT, |line| {
         if let Ok(found) = serde_json::from_str(line) {
             report = Some(found);
         } else if !testbed::is_kernel_message(line) {
@@ -181,7 +181,7 @@ fn demo(arguments: &Arguments) -> Result<Report, Error> {
             log,
         }),
         (Ended::Code(_), _) => Err(Error::Failed),
-        (Ended::TimeLimit, _) => Err(Error::TimeLimit { log }),
+        (Ended::TimeLimit(_), _) => Err(Error::TimeLimit { log }),
         (Ended::NoCode(reason), _) => Err(Error::NoResult { reason, log }),
     }
 }

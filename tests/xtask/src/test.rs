@@ -182,15 +182,15 @@ pub fn run(arguments: &Arguments) -> ExitCode {
     }
 }
 
-/// The testbed as `cargo xtask testbed --again` runs it: everything in it is emulated, time included, and some tests race with time.
-/// What passed at its second attempt alone is named, with the reason of the first.
+/// The testbed in two machines at once, which take longer for a test than one alone. All in them is emulated, time included, and some
+/// tests race with time: what passed at its second attempt alone is named, with the reason of the first.
 fn testbed_arguments() -> testbed::Arguments {
     #[derive(Parser)]
     struct Defaults {
         #[command(flatten)]
         arguments: testbed::Arguments,
     }
-    Defaults::parse_from(["testbed", "--again"]).arguments
+    Defaults::parse_from(["testbed", "--again", "--machines", "2", "--patience", "2"]).arguments
 }
 
 fn cargo(arguments: &[&str]) -> Result<(), String> {

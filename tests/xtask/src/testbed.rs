@@ -8,6 +8,7 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
+use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -20,7 +21,8 @@ pub use kernel::GUESTS;
 pub use machine::{Ended, Machine, Process, bound};
 pub use report::is_kernel_message;
 
-use report::Report;
+use machine::Limit;
+use report::{Console, Report};
 
 mod boot;
 mod cpio;
@@ -77,6 +79,10 @@ pub struct Arguments {
     #[arg(long, value_name = "FOLDER")]
     guest_kernel: Option<PathBuf>,
 
+    /// Run the tests in this many machines at once, each in one of them; with more than one, --keep-going is implied
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=8), conflicts_with_all = ["shell", "run"])]
+    machines: u8,
+
     /// Processors of L1; with more than one, QEMU's emulation of SVM fails now and then
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=2))]
     processors: u8,
@@ -85,7 +91,7 @@ pub struct Arguments {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=100), conflicts_with_all = ["shell", "run"])]
     patience: u32,
 
-    /// End the machine after this many seconds, counted from its start
+    /// End a machine after this many seconds, counted from its start
     #[arg(
         long,
         value_name = "SECONDS",
@@ -94,6 +100,15 @@ pub struct Arguments {
     )]
     time_limit: u64,
 }
+
+impl Arguments {
+    fn keeps_going(&self) -> bool {
+        self.keep_going || self.again || self.machines > 1
+    }
+}
+
+/// Longest time without a line on L1's console: no test takes as long, not even on a slow machine.
+const SILENCE: Duration = Duration::from_secs(600);
 
 /// A filter travels on L1's kernel command line, so it is made of what test names are made of.
 fn filter(text: &str) -> Result<String, String> {
@@ -172,11 +187,11 @@ pub enum Error {
     /// Xvfb did not start.
     #[error("Xvfb did not start: {0}")]
     Display(String),
-    /// The time limit was reached.
-    #[error("the time limit of {seconds} s was reached {doing}; the whole console is in {log}")]
+    /// A time limit was reached.
+    #[error("{limit} {doing}; the whole console is in {log}")]
     TimeLimit {
         /// The limit.
-        seconds: u64,
+        limit: Limit,
         /// What L1 was doing then.
         doing: String,
         /// Where the console's text is.
@@ -318,14 +333,43 @@ pub fn guest_for(
     Ok((kernel.bzimage, initramfs))
 }
 
+/// A folder in `/shared` in which machines claim tests; see `Selection` in `tests/e2e/src/testbed.rs`.
+struct Claims {
+    folder: PathBuf,
+}
+
+impl Claims {
+    fn new(machine: &Machine) -> Result<Self, Error> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("claims-{}-{number}", std::process::id());
+        let folder = machine.shared.join(name);
+        fs::create_dir_all(&folder).map_err(file_error("create", &folder))?;
+        Ok(Claims { folder })
+    }
+
+    /// The folder's path in L1.
+    fn in_l1(&self) -> String {
+        let name = self.folder.file_name().unwrap_or_default();
+        format!("/shared/{}", name.to_string_lossy())
+    }
+}
+
+impl Drop for Claims {
+    fn drop(&mut self) {
+        let _ = fs::remove_dir_all(&self.folder);
+    }
+}
+
 /// Runs the tests. Gives the task's exit code.
 fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
     let started = Instant::now();
-    let mut report = attempt(machine, arguments, arguments.filter.as_deref())?;
+    let filter = arguments.filter.as_deref();
+    let mut report = attempt(machine, arguments, filter, arguments.machines)?;
     if arguments.again {
         for name in report.failed() {
             progress(format_args!("{name} once more, in a machine of its own"));
-            if attempt(machine, arguments, Some(&name))?.passed() {
+            if attempt(machine, arguments, Some(&name), 1)?.passed() {
                 report.passed_later(&name);
             }
         }
@@ -342,15 +386,51 @@ fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
     Ok(u8::from(!report.passed()))
 }
 
-/// Runs the tests whose names contain the filter in a machine that is started for them.
+/// Runs the tests whose names contain the filter in machines that are started for them.
 fn attempt(
     machine: &Machine,
     arguments: &Arguments,
     filter: Option<&str>,
+    machines: u8,
 ) -> Result<Report, Error> {
-    let patience = arguments.patience.to_string();
-    let mut words = vec!["l1-tests", "--patience", &patience];
-    if arguments.keep_going || arguments.again {
+    let claims = Claims::new(machine)?;
+    let in_one = &|number| -> Result<Report, Error> {
+        let machine = machine.numbered(number);
+        let mut report = Report::default();
+        // A machine that is lost loses the test that it ran; another one goes on with the others.
+        loop {
+            let (more, lost) = in_machine(&machine, arguments, filter, &claims)?;
+            report.add(more);
+            if !lost || !arguments.keeps_going() {
+                return Ok(report);
+            }
+            progress(format_args!("another machine goes on"));
+        }
+    };
+    std::thread::scope(|scope| {
+        let one = |number| scope.spawn(move || in_one(number));
+        let running: Vec<_> = (1..=machines).map(one).collect();
+        let mut report = Report::default();
+        for machine in running {
+            match machine.join() {
+                Ok(more) => report.add(more?),
+                Err(panic) => std::panic::resume_unwind(panic),
+            }
+        }
+        Ok(report)
+    })
+}
+
+/// Runs the tests that nobody has claimed in a machine that is started for them. Says whether it was lost.
+fn in_machine(
+    machine: &Machine,
+    arguments: &Arguments,
+    filter: Option<&str>,
+    claims: &Claims,
+) -> Result<(Report, bool), Error> {
+    let (patience, claims) = (arguments.patience.to_string(), claims.in_l1());
+    let mut words = vec!["l1-tests", "--patience", &patience, "--claims", &claims];
+    if arguments.keeps_going() {
         words.push("--keep-going");
     }
     if let Some(filter) = filter {
@@ -359,37 +439,41 @@ fn attempt(
     if let Some(over) = &arguments.over {
         words.extend(["--over", over]);
     }
-    let mut report = Report::default();
-    let ended = machine.run(&words, Duration::from_secs(arguments.time_limit), |line| {
-        if report.line(line) && !arguments.json {
+    let mut console = Console::default();
+    let whole = Duration::from_secs(arguments.time_limit);
+    let silence = SILENCE * arguments.patience;
+    let ended = machine.run(&words, whole, silence, |line| {
+        if console.line(line) && !arguments.json {
             say!("{line}");
         }
     })?;
-    report.exit(code(machine, ended, arguments.time_limit, || {
-        report.doing()
-    })?);
-    Ok(report)
+    match code(machine, ended, || console.doing()) {
+        Ok(code) => Ok((console.ended(code), false)),
+        Err(error) => match console.lost(&error) {
+            Some(report) => {
+                progress(format_args!("{error}"));
+                Ok((report, true))
+            }
+            None => Err(error),
+        },
+    }
 }
 
 /// Runs one command of L1 and prints what it writes. Gives the command's exit code.
 fn program(machine: &Machine, line: &str, seconds: u64) -> Result<u8, Error> {
     let words = ["busybox", "sh", "-c", line];
-    let ended = machine.run(&words, Duration::from_secs(seconds), |line| say!("{line}"))?;
-    code(machine, ended, seconds, || format!("during `{line}`"))
+    let limit = Duration::from_secs(seconds);
+    let ended = machine.run(&words, limit, limit, |line| say!("{line}"))?;
+    code(machine, ended, || format!("during `{line}`"))
 }
 
 /// The exit code of what L1 ran, or the error that says why there is none.
-fn code(
-    machine: &Machine,
-    ended: Ended,
-    seconds: u64,
-    doing: impl Fn() -> String,
-) -> Result<u8, Error> {
+fn code(machine: &Machine, ended: Ended, doing: impl Fn() -> String) -> Result<u8, Error> {
     let log = machine.console_log.clone();
     match ended {
         Ended::Code(code) => Ok(code),
-        Ended::TimeLimit => Err(Error::TimeLimit {
-            seconds,
+        Ended::TimeLimit(limit) => Err(Error::TimeLimit {
+            limit,
             doing: doing(),
             log,
         }),

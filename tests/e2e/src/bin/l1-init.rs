@@ -18,6 +18,9 @@ const EXIT_CODE_BASE: u8 = 0x10;
 /// How often L1 is interrupted at least, in a second.
 const HEARTBEAT: u64 = 50;
 
+/// Whether memory that a VMM shares with a daemon may have huge pages: without them a guest is slower, and an emulated one most of all.
+const SHARED_HUGE_PAGES: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
+
 /// The commands of the console.
 const BUSYBOX: &str = "/bin/busybox";
 
@@ -60,6 +63,8 @@ fn start() -> Result<u8, String> {
         syscall::mount(kind, target, kind, c"")
             .map_err(because(&format!("mount {}", target.to_string_lossy())))?;
     }
+    std::fs::write(SHARED_HUGE_PAGES, "advise")
+        .map_err(because(&format!("write to {SHARED_HUGE_PAGES}")))?;
     code_of(Command::new(BUSYBOX).args(["--install", "-s", "/bin"]))?;
     modules::load_all()?;
     for (tag, target) in [(c"shared", c"/shared"), (c"boot", c"/boot")] {

@@ -7,18 +7,19 @@ use pvgpu_e2e::{testbed, triple_fault};
 
 fn usage() -> ExitCode {
     eprintln!(
-        "usage: l1-tests [--keep-going] [--filter TEXT] [--over vhost-user|vhost-user-without-aperture] [--patience N] [--list]"
+        "usage: l1-tests [--keep-going] [--filter TEXT] [--claims FOLDER] [--over vhost-user|vhost-user-without-aperture] [--patience N] [--list]"
     );
     ExitCode::from(2)
 }
 
 fn main() -> ExitCode {
-    let (mut filter, mut keep_going) = (String::new(), false);
+    let mut selection = testbed::Selection::default();
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
         match (argument.as_str(), arguments.len()) {
-            ("--keep-going", _) => keep_going = true,
-            ("--filter", 1..) => filter = arguments.next().unwrap_or_default(),
+            ("--keep-going", _) => selection.keep_going = true,
+            ("--filter", 1..) => selection.filter = arguments.next().unwrap_or_default(),
+            ("--claims", 1..) => selection.claims = arguments.next().map(Into::into),
             ("--over", 1..) => match arguments.next().unwrap_or_default().parse() {
                 Ok(over) => testbed::over::set(over),
                 Err(()) => return usage(),
@@ -39,12 +40,7 @@ fn main() -> ExitCode {
     if let Err(error) = triple_fault::watch() {
         eprintln!("l1-tests: a triple fault will not be explained: {error}");
     }
-    let passed = testbed::run(
-        &testbed::tests(),
-        &filter,
-        keep_going,
-        &mut io::stdout().lock(),
-    );
+    let passed = testbed::run(&testbed::tests(), &selection, &mut io::stdout().lock());
     match passed {
         Ok(true) => ExitCode::SUCCESS,
         Ok(false) => {

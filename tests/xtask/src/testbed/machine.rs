@@ -3,6 +3,7 @@
 //! killed when this code leaves.
 
 use std::ffi::OsStr;
+use std::fmt;
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, IsTerminal, Write};
 use std::path::{Path, PathBuf};
@@ -23,6 +24,7 @@ const KERNEL_PARAMETERS: &str = "console=ttyS0 quiet panic=-1 softlockup_panic=1
 const EXIT_CODE_BASE: i32 = 0x10;
 
 /// A machine that can be started.
+#[derive(Clone)]
 pub struct Machine {
     /// The kernel's name and version, for people.
     pub version: String,
@@ -42,12 +44,36 @@ pub struct Machine {
     pub boot: PathBuf,
 }
 
+/// How long a machine may take before it is killed.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Limit {
+    /// From its start to its end.
+    Whole(Duration),
+    /// Without a line on its console.
+    Silence(Duration),
+}
+
+impl fmt::Display for Limit {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Whole(limit) => write!(
+                formatter,
+                "the time limit of {} s was reached",
+                limit.as_secs()
+            ),
+            Self::Silence(limit) => {
+                write!(formatter, "L1 has said nothing for {} s", limit.as_secs())
+            }
+        }
+    }
+}
+
 /// How a machine ended.
 pub enum Ended {
     /// The program that L1 ran ended with this code.
     Code(u8),
-    /// The time limit was reached, and the machine was killed.
-    TimeLimit,
+    /// A time limit was reached, and the machine was killed.
+    TimeLimit(Limit),
     /// The machine ended without a code, for this reason.
     NoCode(String),
 }
@@ -121,6 +147,19 @@ impl Display {
 }
 
 impl Machine {
+    /// The same machine as one of several that run at once, which have logs of their own.
+    pub fn numbered(&self, number: u8) -> Self {
+        let of_its_own = |log: &Path| match number {
+            1 => log.to_owned(),
+            _ => log.with_extension(format!("{number}.log")),
+        };
+        Machine {
+            console_log: of_its_own(&self.console_log),
+            qemu_log: of_its_own(&self.qemu_log),
+            ..self.clone()
+        }
+    }
+
     /// QEMU's command line; `init` is what L1's first process is told.
     fn qemu(&self, display: &Display, init: &str) -> Command {
         let mut qemu = bound("qemu-system-x86_64");
@@ -194,11 +233,13 @@ impl Machine {
     }
 
     /// Runs a program of L1 and gives each line of the console to `on_line` as it comes. `words` are the program's
-    /// name and arguments; they travel on the kernel's command line, so none of them may contain `"`.
+    /// name and arguments; they travel on the kernel's command line, so none of them may contain `"`. The machine is killed after
+    /// `whole`, or `silence` without a line.
     pub fn run(
         &self,
         words: &[&str],
-        limit: Duration,
+        whole: Duration,
+        silence: Duration,
         mut on_line: impl FnMut(&str),
     ) -> Result<Ended, Error> {
         let quoted: Vec<String> = words.iter().map(|word| format!("\"{word}\"")).collect();
@@ -212,7 +253,7 @@ impl Machine {
             .stdin(Stdio::null())
             .stdout(Stdio::piped())
             .stderr(errors);
-        let deadline = Instant::now() + limit;
+        let deadline = Instant::now() + whole;
         let mut process = Process(
             qemu.spawn()
                 .map_err(|source| command::not_started(&qemu, source))?,
@@ -228,13 +269,20 @@ impl Machine {
             });
         }
         loop {
-            match lines.recv_timeout(deadline.saturating_duration_since(Instant::now())) {
+            let left = deadline.saturating_duration_since(Instant::now());
+            match lines.recv_timeout(left.min(silence)) {
                 Ok(line) => {
                     let _ = writeln!(log, "{line}");
                     on_line(&line);
                 }
                 Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => return Ok(Ended::TimeLimit),
+                Err(RecvTimeoutError::Timeout) => {
+                    return Ok(Ended::TimeLimit(if silence < left {
+                        Limit::Silence(silence)
+                    } else {
+                        Limit::Whole(whole)
+                    }));
+                }
             }
         }
         let status = process

@@ -15,17 +15,16 @@ struct Outcome {
     first_failure: Option<String>,
 }
 
-/// All results so far, and the test that is running.
+/// What one machine has said so far: the results, and the test that is running.
 #[derive(Default)]
-pub struct Report {
+pub struct Console {
     outcomes: Vec<Outcome>,
     running: Option<String>,
     announced: Option<(usize, usize)>,
-    exit_code: Option<u8>,
 }
 
-impl Report {
-    /// Takes in one line of the console. Says whether people should see it: L1's kernel talks to the log alone.
+impl Console {
+    /// Takes in one line. Says whether people should see it: L1's kernel talks to the log alone.
     pub fn line(&mut self, line: &str) -> bool {
         if is_kernel_message(line) {
             return false;
@@ -55,6 +54,62 @@ impl Report {
         self.running = None;
     }
 
+    /// For an error message: what L1 was doing.
+    pub fn doing(&self) -> String {
+        match (&self.running, self.outcomes.last()) {
+            (Some(name), _) => format!("during the test {name}"),
+            (None, Some(last)) => format!("after the test {}", last.name),
+            (None, None) => "before the first test".to_owned(),
+        }
+    }
+
+    /// The results, when L1 has ended with this exit code. It must say the same of them as its lines: a line lost on the way or
+    /// a program that died does not look like success.
+    pub fn ended(self, code: u8) -> Report {
+        let (passed, failed) = counts(&self.outcomes);
+        let said = self.announced.map_or_else(
+            || "no final line".to_owned(),
+            |(passed, failed)| format!("announced {passed} passed, {failed} failed"),
+        );
+        let sound = self.announced == Some((passed, failed)) && code == u8::from(failed > 0);
+        Report {
+            outcomes: self.outcomes,
+            doubt: (!sound).then(|| format!("L1 ended with code {code} and {said}")),
+        }
+    }
+
+    /// The results, when L1 was lost during a test, which has failed for this reason.
+    pub fn lost(mut self, reason: &impl ToString) -> Option<Report> {
+        let running = self.running.take()?;
+        self.end(&running, None, Some(reason.to_string()));
+        Some(Report {
+            outcomes: self.outcomes,
+            doubt: None,
+        })
+    }
+}
+
+/// How many tests passed, how many failed.
+fn counts(outcomes: &[Outcome]) -> (usize, usize) {
+    let failed = outcomes.iter().filter(|one| one.failure.is_some()).count();
+    (outcomes.len() - failed, failed)
+}
+
+/// The results of machines that have ended.
+#[derive(Default)]
+pub struct Report {
+    outcomes: Vec<Outcome>,
+    /// Why they cannot be relied upon.
+    doubt: Option<String>,
+}
+
+impl Report {
+    /// Adds those of another machine.
+    pub fn add(&mut self, other: Report) {
+        self.outcomes.extend(other.outcomes);
+        self.doubt = self.doubt.take().or(other.doubt);
+    }
+
     /// The tests that failed.
     pub fn failed(&self) -> Vec<String> {
         let failed = self.outcomes.iter().filter(|one| one.failure.is_some());
@@ -74,45 +129,17 @@ impl Report {
         outcomes.filter_map(|one| Some((one.name.as_str(), one.first_failure.as_deref()?)))
     }
 
-    /// The exit code that L1 gave.
-    pub fn exit(&mut self, code: u8) {
-        self.exit_code = Some(code);
-    }
-
-    /// For an error message: what L1 was doing.
-    pub fn doing(&self) -> String {
-        match (&self.running, self.outcomes.last()) {
-            (Some(name), _) => format!("during the test {name}"),
-            (None, Some(last)) => format!("after the test {}", last.name),
-            (None, None) => "before the first test".to_owned(),
-        }
-    }
-
-    /// How many tests passed, how many failed.
-    fn counts(&self) -> (usize, usize) {
-        let failed = self
-            .outcomes
-            .iter()
-            .filter(|outcome| outcome.failure.is_some())
-            .count();
-        (self.outcomes.len() - failed, failed)
-    }
-
-    /// Whether there were tests, all passed, and L1 itself says the same: a line lost on the way or a
-    /// program that died does not look like success.
+    /// Whether there were tests, and all passed beyond doubt.
     pub fn passed(&self) -> bool {
-        let (passed, failed) = self.counts();
-        let later = self.later().count();
-        passed > 0
-            && failed == 0
-            && self.announced == Some((passed - later, later))
-            && self.exit_code == Some(u8::from(later > 0))
+        let (passed, failed) = counts(&self.outcomes);
+        passed > 0 && failed == 0 && self.doubt.is_none()
     }
 
     /// One line for people.
     pub fn summary(&self) -> String {
-        match (self.counts(), self.exit_code) {
-            ((passed, 0), Some(_)) if self.passed() => {
+        match (counts(&self.outcomes), &self.doubt) {
+            ((0, 0), _) => "testbed: no test ran".to_owned(),
+            ((passed, 0), None) => {
                 let later = self.later();
                 let later = later.map(|(name, why)| {
                     format!("\nat the second attempt: {name}; at the first {why}")
@@ -122,15 +149,7 @@ impl Report {
                     later.collect::<String>()
                 )
             }
-            ((0, 0), _) => "testbed: no test ran".to_owned(),
-            ((passed, 0), code) => format!(
-                "testbed: {passed} tests passed, but L1 ended with code {} and {}",
-                code.map_or("none".to_owned(), |code| code.to_string()),
-                self.announced
-                    .map_or("no final line".to_owned(), |(p, f)| format!(
-                        "announced {p} passed, {f} failed"
-                    )),
-            ),
+            ((passed, 0), Some(doubt)) => format!("testbed: {passed} tests passed, but {doubt}"),
             ((passed, failed), _) => format!("testbed: {failed} tests FAILED, {passed} passed"),
         }
     }
@@ -175,12 +194,11 @@ mod tests {
     use super::*;
 
     fn report(lines: &[&str], code: u8) -> Report {
-        let mut report = Report::default();
+        let mut console = Console::default();
         for line in lines {
-            report.line(line);
+            console.line(line);
         }
-        report.exit(code);
-        report
+        console.ended(code)
     }
 
     #[test]
@@ -220,16 +238,39 @@ mod tests {
 
     #[test]
     fn the_running_test_is_named_until_it_ends() {
-        let mut report = Report::default();
-        assert_eq!(report.doing(), "before the first test");
-        assert!(!report.line("start a"));
-        assert_eq!(report.doing(), "during the test a");
-        assert!(report.line("FAILED a it broke"));
-        assert_eq!(report.doing(), "after the test a");
-        assert_eq!(
-            report.json("k", Duration::ZERO)["tests"][0]["failure"],
-            "it broke"
-        );
+        let mut console = Console::default();
+        assert_eq!(console.doing(), "before the first test");
+        assert!(!console.line("start a"));
+        assert_eq!(console.doing(), "during the test a");
+        assert!(console.line("FAILED a it broke"));
+        assert_eq!(console.doing(), "after the test a");
+        let report = console.ended(1).json("k", Duration::ZERO);
+        assert_eq!(report["tests"][0]["failure"], "it broke");
+    }
+
+    #[test]
+    fn a_machine_that_is_lost_loses_the_running_test_alone() {
+        let mut console = Console::default();
+        assert!(Console::default().lost(&"before all tests").is_none());
+        for line in ["start a", "ok a 1", "start b"] {
+            console.line(line);
+        }
+        let mut all = report(&["start c", "ok c 2", "1 passed, 0 failed"], 0);
+        all.add(console.lost(&"it stands still").unwrap());
+        assert_eq!(all.failed(), ["b"]);
+        all.passed_later("b");
+        assert!(all.passed());
+        assert!(all.summary().contains("all 3 tests passed"));
+    }
+
+    #[test]
+    fn one_machine_in_doubt_is_enough() {
+        let mut all = report(&["start a", "ok a 2", "1 passed, 0 failed"], 0);
+        all.add(report(&["0 passed, 0 failed"], 0));
+        assert!(all.passed());
+        all.add(report(&["start b", "ok b 2"], 0));
+        assert!(!all.passed());
+        assert!(all.summary().contains("no final line"));
     }
 
     #[test]
