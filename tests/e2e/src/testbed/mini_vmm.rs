@@ -81,6 +81,13 @@ pub fn set_patience(times: u32) {
     PATIENCE.store(times, Ordering::Relaxed);
 }
 
+/// Sleeps before a guest is looked at again, the longer the longer that has been going on: each look takes L1's only processor away
+/// from the guest, and emulated nested paging starts with empty tables after that.
+fn pause(since: Instant) {
+    let (shortest, longest) = (Duration::from_millis(1), Duration::from_millis(100));
+    std::thread::sleep((since.elapsed() / 50).clamp(shortest, longest));
+}
+
 fn deadline(limit: Duration) -> Instant {
     Instant::now() + limit * PATIENCE.load(Ordering::Relaxed)
 }
@@ -147,7 +154,7 @@ impl Running {
 
     /// Waits until the guest has written `text`; a failure if it has not done so within `limit`, or has ended.
     pub fn wait_for(&mut self, text: &str, limit: Duration) -> Result<(), Failure> {
-        let deadline = deadline(limit);
+        let (started, deadline) = (Instant::now(), deadline(limit));
         while !self.output().contains(text) {
             let ended = self.process.try_wait()?.is_some();
             if ended || Instant::now() >= deadline {
@@ -155,7 +162,7 @@ impl Running {
                     format!("the guest never wrote `{text}`: {}", tail(&self.output())).into(),
                 );
             }
-            std::thread::sleep(Duration::from_millis(1));
+            pause(started);
         }
         Ok(())
     }
@@ -167,7 +174,7 @@ impl Running {
 
     /// Waits for the end; mini-vmm is killed after `limit`, which is a failure.
     pub fn wait(mut self, limit: Duration) -> Result<Ended, Failure> {
-        let deadline = deadline(limit);
+        let (started, deadline) = (Instant::now(), deadline(limit));
         let status = loop {
             if let Some(status) = self.process.try_wait()? {
                 break status;
@@ -176,7 +183,7 @@ impl Running {
                 let tail = tail(&self.output());
                 return Err(format!("mini-vmm did not end in time: {tail}").into());
             }
-            std::thread::sleep(Duration::from_millis(5));
+            pause(started);
         };
         let output = self.output();
         let code = status
