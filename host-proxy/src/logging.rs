@@ -103,21 +103,28 @@ impl<L: Log> Log for Limited<L> {
     }
 }
 
+/// The program that writes to standard error.
+struct Program {
+    name: &'static str,
+    /// Its crate, as lines name where they come from.
+    module: String,
+    level: LevelFilter,
+}
+
+/// That program, once it is known.
+static PROGRAM: OnceLock<Program> = OnceLock::new();
+
 /// Prints lines to standard error, after the program's name.
 struct Stderr;
 
-/// The name and the level, once they are known.
-static PROGRAM: OnceLock<(&str, LevelFilter)> = OnceLock::new();
-
 impl Log for Stderr {
     fn enabled(&self, metadata: &Metadata<'_>) -> bool {
-        PROGRAM
-            .get()
-            .is_some_and(|(_, level)| metadata.level() <= *level)
+        let program = PROGRAM.get();
+        program.is_some_and(|program| metadata.level() <= program.level)
     }
 
     fn log(&self, record: &Record<'_>) {
-        if let Some((name, _)) = PROGRAM.get()
+        if let Some(Program { name, .. }) = PROGRAM.get()
             && self.enabled(record.metadata())
         {
             eprintln!("{name}: {}", record.args());
@@ -127,12 +134,48 @@ impl Log for Stderr {
     fn flush(&self) {}
 }
 
-/// A guest can cause some lines, of ours and of libraries: their rate is bounded.
-static LOG: Limited<Stderr> = Limited::new(Stderr, LINES);
+/// A guest can cause some lines, of ours and of libraries: their rate is bounded, and the program's own lines have another one, so
+/// that no guest silences those.
+struct Lines {
+    own: Limited<Stderr>,
+    others: Limited<Stderr>,
+}
+
+static LOG: Lines = Lines {
+    own: Limited::new(Stderr, LINES),
+    others: Limited::new(Stderr, LINES),
+};
+
+impl Lines {
+    fn of(&self, metadata: &Metadata<'_>) -> &Limited<Stderr> {
+        let module = metadata.target().split("::").next();
+        match PROGRAM.get() {
+            Some(program) if module == Some(&program.module) => &self.own,
+            _ => &self.others,
+        }
+    }
+}
+
+impl Log for Lines {
+    fn enabled(&self, metadata: &Metadata<'_>) -> bool {
+        self.of(metadata).enabled(metadata)
+    }
+
+    fn log(&self, record: &Record<'_>) {
+        self.of(record.metadata()).log(record);
+    }
+
+    fn flush(&self) {}
+}
 
 /// For programs, once: lines of this level go to standard error, after the program's name, at a bounded rate.
-pub fn to_stderr(program: &'static str, level: LevelFilter) {
-    let _ = PROGRAM.set((program, level));
+pub fn to_stderr(name: &'static str, level: LevelFilter) {
+    let module = name.replace('-', "_");
+    let _ = PROGRAM.set(Program {
+        name,
+        module,
+        level,
+    });
     if log::set_logger(&LOG).is_ok() {
         log::set_max_level(level);
     }
@@ -172,5 +215,16 @@ mod tests {
         assert_eq!(fates(Duration::ZERO), expected);
         assert_eq!(fates(PERIOD / 2), [Fate::LeftOut; 4]);
         assert_eq!(fates(PERIOD), expected);
+    }
+
+    #[test]
+    fn lines_of_the_program_itself_are_counted_apart() {
+        to_stderr("a-program", LevelFilter::Off);
+        let own = |target| {
+            let metadata = Metadata::builder().target(target).build();
+            std::ptr::eq(LOG.of(&metadata), &LOG.own)
+        };
+        assert!(own("a_program") && own("a_program::part"));
+        assert!(!own("pvgpu_host_proxy::session") && !own("a_program_of_another"));
     }
 }

@@ -7,7 +7,7 @@ use std::os::unix::fs::chown;
 use std::os::unix::process::CommandExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{Receiver, channel};
+use std::sync::mpsc::{Receiver, RecvTimeoutError, channel};
 use std::time::{Duration, Instant};
 
 /// A running daemon.
@@ -112,13 +112,19 @@ fn spawn(
 
 fn wait_for(lines: &Receiver<String>, words: &str) -> io::Result<String> {
     let deadline = Instant::now() + Duration::from_secs(60);
+    let mut last = "nothing".to_owned();
     loop {
         let left = deadline.saturating_duration_since(Instant::now());
-        let line = lines
-            .recv_timeout(left)
-            .map_err(|_| io::Error::other(format!("the daemon never said '{words}'")))?;
+        let line = lines.recv_timeout(left).map_err(|error| {
+            let why = match error {
+                RecvTimeoutError::Timeout => "does not say",
+                RecvTimeoutError::Disconnected => "has ended and not said",
+            };
+            io::Error::other(format!("the daemon {why} '{words}', but at last '{last}'"))
+        })?;
         if line.contains(words) {
             return Ok(line);
         }
+        last = line;
     }
 }

@@ -8,7 +8,6 @@ use std::fs::{self, File};
 use std::io;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::sync::atomic::{AtomicU32, Ordering};
 use std::time::{Duration, Instant};
 
 use clap::Args;
@@ -333,34 +332,6 @@ pub fn guest_for(
     Ok((kernel.bzimage, initramfs))
 }
 
-/// A folder in `/shared` in which machines claim tests; see `Selection` in `tests/e2e/src/testbed.rs`.
-struct Claims {
-    folder: PathBuf,
-}
-
-impl Claims {
-    fn new(machine: &Machine) -> Result<Self, Error> {
-        static NEXT: AtomicU32 = AtomicU32::new(0);
-        let number = NEXT.fetch_add(1, Ordering::Relaxed);
-        let name = format!("claims-{}-{number}", std::process::id());
-        let folder = machine.shared.join(name);
-        fs::create_dir_all(&folder).map_err(file_error("create", &folder))?;
-        Ok(Claims { folder })
-    }
-
-    /// The folder's path in L1.
-    fn in_l1(&self) -> String {
-        let name = self.folder.file_name().unwrap_or_default();
-        format!("/shared/{}", name.to_string_lossy())
-    }
-}
-
-impl Drop for Claims {
-    fn drop(&mut self) {
-        let _ = fs::remove_dir_all(&self.folder);
-    }
-}
-
 /// Runs the tests. Gives the task's exit code.
 fn tests(machine: &Machine, arguments: &Arguments) -> Result<u8, Error> {
     let started = Instant::now();
@@ -393,13 +364,15 @@ fn attempt(
     filter: Option<&str>,
     machines: u8,
 ) -> Result<Report, Error> {
-    let claims = Claims::new(machine)?;
+    // Where machines claim tests: `Selection` in `tests/e2e/src/testbed.rs`.
+    let claims =
+        tempfile::tempdir_in(&machine.shared).map_err(file_error("write to", &machine.shared))?;
     let in_one = &|number| -> Result<Report, Error> {
         let machine = machine.numbered(number);
         let mut report = Report::default();
         // A machine that is lost loses the test that it ran; another one goes on with the others.
         loop {
-            let (more, lost) = in_machine(&machine, arguments, filter, &claims)?;
+            let (more, lost) = in_machine(&machine, arguments, filter, claims.path())?;
             report.add(more);
             if !lost || !arguments.keeps_going() {
                 return Ok(report);
@@ -426,9 +399,11 @@ fn in_machine(
     machine: &Machine,
     arguments: &Arguments,
     filter: Option<&str>,
-    claims: &Claims,
+    claims: &Path,
 ) -> Result<(Report, bool), Error> {
-    let (patience, claims) = (arguments.patience.to_string(), claims.in_l1());
+    let patience = arguments.patience.to_string();
+    let claims = Path::new("/shared").join(claims.file_name().unwrap_or_default());
+    let claims = claims.to_string_lossy();
     let mut words = vec!["l1-tests", "--patience", &patience, "--claims", &claims];
     if arguments.keeps_going() {
         words.push("--keep-going");

@@ -5,6 +5,7 @@
 
 use std::collections::BTreeMap;
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::process::{Command, Stdio};
 use std::time::{Duration, Instant};
@@ -358,18 +359,25 @@ struct Held {
     clients: usize,
     /// dma-bufs of the whole machine, by the kernel's own list.
     dma_bufs: usize,
-    /// Memory of the whole machine in shmem, where virtio_gpu has its GEM objects, in kB.
+    /// Memory of the whole machine in shmem but the guest's, where virtio_gpu has its GEM objects, in kB.
     shmem: usize,
 }
 
 impl Held {
     fn by(process: u32) -> Result<Self, Failure> {
         let mut descriptors = BTreeMap::new();
+        // A daemon shares the guest's memory, of which the guest uses more and more.
+        let mut guest_memory = 0;
         for entry in fs::read_dir(format!("/proc/{process}/fd"))? {
+            let path = entry?.path();
             // One may be closed meanwhile.
-            let Ok(target) = fs::read_link(entry?.path()) else {
+            let Ok(target) = fs::read_link(&path) else {
                 continue;
             };
+            if target.to_string_lossy().contains("guest-memory") {
+                // In units of 512 bytes.
+                guest_memory += fs::metadata(&path)?.blocks() as usize / 2;
+            }
             // `anon_inode:[eventfd]`, `/dmabuf:`, `socket:[123]`: without numbers.
             let name = target.to_string_lossy();
             let name = name.trim_end_matches(|c: char| c.is_ascii_digit() || "[]".contains(c));
@@ -394,14 +402,15 @@ impl Held {
         let memory = fs::read_to_string("/proc/meminfo")?;
         let shmem = memory.lines().find_map(|line| {
             let kilobytes = line.strip_prefix("Shmem:")?.strip_suffix("kB")?;
-            kilobytes.trim().parse().ok()
+            kilobytes.trim().parse::<usize>().ok()
         });
+        let shmem = shmem.ok_or("the kernel does not say how much is in shmem")?;
         Ok(Held {
             descriptors,
             mappings,
             clients,
             dma_bufs: dma_bufs.ok_or("the kernel does not list its dma-bufs")?,
-            shmem: shmem.ok_or("the kernel does not say how much is in shmem")?,
+            shmem: shmem.saturating_sub(guest_memory),
         })
     }
 
