@@ -2,7 +2,7 @@
 //! the node itself. `node-descriptors` runs them natively in L1 and on pvgpu's node in L2; they hold on both.
 
 use std::fmt::Debug;
-use std::fs::File;
+use std::fs::{self, File};
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -251,6 +251,47 @@ impl Gpu {
         Ok(calls::take(fence)?)
     }
 
+    /// Without an aperture, what was written to a mapping reaches the buffer, and what was written elsewhere comes from there, when
+    /// the GPU is told of the buffer and waited for (`docs/architecture.md`). Otherwise there is one memory.
+    fn synchronize(&self, node: &mut Node, handle: u32) -> Result<(), Failure> {
+        if !fs::read_to_string("/proc/cmdline")?.contains("l2.no_aperture") {
+            return Ok(());
+        }
+        let (handles, words) = ([handle], [0u32; 2]);
+        let address = |array: &[u32]| array.as_ptr().expose_provenance() as u64;
+        match self.driver.as_str() {
+            "soft" => {
+                let submit = soft::Submit {
+                    buffers: address(&handles),
+                    buffer_count: 1,
+                    ..Default::default()
+                };
+                ioctl(node, "SUBMIT", soft::DRM_IOCTL_SOFT_SUBMIT, submit)?;
+                let wait = soft::Wait {
+                    deadline_ns: i64::MAX,
+                    handle,
+                    flags: soft::WAIT_BUFFER,
+                    ..Default::default()
+                };
+                ioctl(node, "WAIT", soft::DRM_IOCTL_SOFT_WAIT, wait)?;
+            }
+            _ => {
+                let submit = virtio_gpu::Execbuffer {
+                    size: 8,
+                    command: address(&words),
+                    bo_handles: address(&handles),
+                    num_bo_handles: 1,
+                    fence_fd: -1,
+                    ..Default::default()
+                };
+                ioctl(node, "EXECBUFFER", virtio_gpu::EXECBUFFER, submit)?;
+                let wait = virtio_gpu::Wait { handle, flags: 0 };
+                ioctl(node, "WAIT", virtio_gpu::WAIT, wait)?;
+            }
+        }
+        Ok(())
+    }
+
     /// Starts this program again as `--child WHAT`, with one end of a socket as its standard input.
     fn child(&self, what: &str) -> Result<(UnixStream, Child), Failure> {
         let (ours, theirs) = UnixStream::pair()?;
@@ -371,10 +412,12 @@ fn shared_memory(gpu: &Gpu) -> Result<(), Failure> {
     let mut buffer = gpu.buffer(&mut node)?;
     let dma_buf = export(&mut node, buffer.handle, OPEN)?;
     fill(&mut buffer.mapping, 1);
+    gpu.synchronize(&mut node, buffer.handle)?;
     let (socket, mut child) = gpu.child("memory")?;
     socket.send_with_fd(&[0u8][..], dma_buf.as_raw_fd())?;
     drop(dma_buf);
     ended(&mut child)?;
+    gpu.synchronize(&mut node, buffer.handle)?;
     ensure!(
         holds(&buffer.mapping, 2),
         "what the other process has written is not there"

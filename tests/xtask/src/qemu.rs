@@ -42,7 +42,7 @@ const LIMIT: Duration = Duration::from_secs(600);
 const PASSED: &str = "l2-init: everything has passed";
 
 /// A test: its name, what the daemon and the guest are told, and how often it must draw the picture.
-const TESTS: [(&str, &[&str], &str, usize); 4] = [
+const TESTS: [(&str, &[&str], &str, usize); 5] = [
     (
         "draws_as_without_a_vm",
         &["--aperture", "256M"],
@@ -59,6 +59,12 @@ const TESTS: [(&str, &[&str], &str, usize); 4] = [
         "has_the_descriptors_of_a_node",
         &["--aperture", "256M"],
         "l2.descriptors=soft",
+        0,
+    ),
+    (
+        "has_the_descriptors_of_a_node_without_an_aperture",
+        &["--aperture", "0"],
+        "l2.descriptors=soft l2.no_aperture",
         0,
     ),
     // With an aperture, QEMU 11.1 itself crashes when a guest resets the device while something is mapped.

@@ -3,7 +3,7 @@
 //!
 //! `l2.draw=DRIVER` draws on the GPU's node with the program `native`, and loads and unloads the guest driver twice;
 //! `l2.descriptors=DRIVER` checks the node's descriptors with the program `node-descriptors`, `l2.semantics=DRIVER` the rest of it
-//! (with `l2.no_aperture` if there is none);
+//! (both with `l2.no_aperture` if there is none);
 //! `l2.run="COMMAND"` runs one command line of a shell with the guest driver loaded. `tests/e2e/src/testbed/` (`boot`,
 //! `linux`, `descriptors`, `semantics`, `mesa`) reads what it says.
 

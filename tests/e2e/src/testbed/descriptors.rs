@@ -7,7 +7,7 @@ use std::time::Duration;
 use super::boot::EXIT_CODE;
 use super::linux::{Guest, ON_PCI};
 use super::pictures::{Gpu, SOFT, VGEM, VIRTIO_GPU};
-use super::{Failure, Test};
+use super::{Failure, Test, over};
 use crate::ensure;
 
 pub const TESTS: &[Test] = &[
@@ -75,7 +75,7 @@ fn in_guest(kernel: &str, gpu: &Gpu, doorbell: &str, options: &[&str]) -> Result
         kernel,
         memory: "512M",
         cpus: "2",
-        parameters: &format!("l2.descriptors={}", gpu.name),
+        parameters: &format!("l2.descriptors={}{}", gpu.name, over::parameter(options)),
         gpu: &(gpu.argument)()?,
         options: &[&["--doorbell", doorbell], options].concat(),
     };

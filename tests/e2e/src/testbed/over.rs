@@ -52,9 +52,12 @@ fn without_aperture() -> bool {
     OVER.get() == Some(&Over::WithoutAperture)
 }
 
-/// Whether a guest for which mini-vmm gets these options has no aperture.
-pub fn maps_pages(options: &[&str]) -> bool {
-    without_aperture() || options.contains(&"--no-aperture")
+/// What the guest for which mini-vmm gets these options is told on its command line, if it has no aperture.
+pub fn parameter(options: &[&str]) -> &'static str {
+    match without_aperture() || options.contains(&"--no-aperture") {
+        true => " l2.no_aperture",
+        false => "",
+    }
 }
 
 /// Why a test is not for guests that [`set`] is about.

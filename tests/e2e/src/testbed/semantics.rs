@@ -73,10 +73,7 @@ fn semantics(
 ) -> Result<(), Failure> {
     let trace = std::env::temp_dir().join("semantics.trace");
     let traced = trace.to_string_lossy();
-    let no_aperture = match over::maps_pages(options) {
-        true => " l2.no_aperture",
-        false => "",
-    };
+    let no_aperture = over::parameter(options);
     let always = [
         "--doorbell",
         doorbell,
