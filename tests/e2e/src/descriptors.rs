@@ -2,7 +2,7 @@
 //! the node itself. `node-descriptors` runs them natively in L1 and on pvgpu's node in L2; they hold on both.
 
 use std::fmt::Debug;
-use std::fs::{self, File};
+use std::fs::File;
 use std::io;
 use std::os::fd::{AsFd, AsRawFd, BorrowedFd, OwnedFd};
 use std::os::unix::net::UnixStream;
@@ -222,6 +222,18 @@ impl Gpu {
 
     /// Submits commands that do nothing, behind the fence `after`, and gives their fence.
     fn submit(&self, node: &mut Node, after: Option<BorrowedFd<'_>>) -> Result<OwnedFd, Failure> {
+        self.submit_with(node, &[], after)
+    }
+
+    /// As [`Gpu::submit`], with the handles of buffers that the commands may use.
+    fn submit_with(
+        &self,
+        node: &mut Node,
+        buffers: &[u32],
+        after: Option<BorrowedFd<'_>>,
+    ) -> Result<OwnedFd, Failure> {
+        let count = u32::try_from(buffers.len())?;
+        let buffers = buffers.as_ptr().expose_provenance() as u64;
         let fence_in = after.map_or(-1, |fence| fence.as_raw_fd());
         let words = [0u32; 2];
         let commands = words.as_ptr().expose_provenance() as u64;
@@ -230,6 +242,8 @@ impl Gpu {
                 let submit = soft::Submit {
                     flags: soft::SUBMIT_FENCE_FD_OUT
                         | after.map_or(0, |_| soft::SUBMIT_FENCE_FD_IN),
+                    buffers,
+                    buffer_count: count,
                     fence_fd: fence_in,
                     ..Default::default()
                 };
@@ -242,6 +256,8 @@ impl Gpu {
                     flags,
                     size: 8,
                     command: commands,
+                    bo_handles: buffers,
+                    num_bo_handles: count,
                     fence_fd: fence_in,
                     ..Default::default()
                 };
@@ -254,42 +270,25 @@ impl Gpu {
     /// Without an aperture, what was written to a mapping reaches the buffer, and what was written elsewhere comes from there, when
     /// the GPU is told of the buffer and waited for (`docs/architecture.md`). Otherwise there is one memory.
     fn synchronize(&self, node: &mut Node, handle: u32) -> Result<(), Failure> {
-        if !fs::read_to_string("/proc/cmdline")?.contains("l2.no_aperture") {
+        if modules::has_aperture()? {
             return Ok(());
         }
-        let (handles, words) = ([handle], [0u32; 2]);
-        let address = |array: &[u32]| array.as_ptr().expose_provenance() as u64;
+        drop(self.submit_with(node, &[handle], None)?);
         match self.driver.as_str() {
             "soft" => {
-                let submit = soft::Submit {
-                    buffers: address(&handles),
-                    buffer_count: 1,
-                    ..Default::default()
-                };
-                ioctl(node, "SUBMIT", soft::DRM_IOCTL_SOFT_SUBMIT, submit)?;
                 let wait = soft::Wait {
                     deadline_ns: i64::MAX,
                     handle,
                     flags: soft::WAIT_BUFFER,
                     ..Default::default()
                 };
-                ioctl(node, "WAIT", soft::DRM_IOCTL_SOFT_WAIT, wait)?;
+                ioctl(node, "WAIT", soft::DRM_IOCTL_SOFT_WAIT, wait).map(drop)
             }
             _ => {
-                let submit = virtio_gpu::Execbuffer {
-                    size: 8,
-                    command: address(&words),
-                    bo_handles: address(&handles),
-                    num_bo_handles: 1,
-                    fence_fd: -1,
-                    ..Default::default()
-                };
-                ioctl(node, "EXECBUFFER", virtio_gpu::EXECBUFFER, submit)?;
                 let wait = virtio_gpu::Wait { handle, flags: 0 };
-                ioctl(node, "WAIT", virtio_gpu::WAIT, wait)?;
+                ioctl(node, "WAIT", virtio_gpu::WAIT, wait).map(drop)
             }
         }
-        Ok(())
     }
 
     /// Starts this program again as `--child WHAT`, with one end of a socket as its standard input.

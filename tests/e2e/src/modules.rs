@@ -18,9 +18,17 @@ pub fn load_all() -> Result<(), String> {
 
 /// Loads the guest driver, told where the GPU is as the kernel's command line has it; on PCI that says nothing.
 pub fn load_guest_driver() -> Result<(), String> {
-    let command_line = fs::read_to_string("/proc/cmdline")
-        .map_err(|error| format!("cannot read /proc/cmdline: {error}"))?;
-    load(GUEST_DRIVER, &guest_driver_parameters(&command_line))
+    load(GUEST_DRIVER, &guest_driver_parameters(&command_line()?))
+}
+
+/// Whether this guest's GPU has an aperture, or this is no guest: `l2.no_aperture` on the kernel's command line says otherwise.
+pub fn has_aperture() -> Result<bool, String> {
+    Ok(!command_line()?.contains("l2.no_aperture"))
+}
+
+fn command_line() -> Result<String, String> {
+    fs::read_to_string("/proc/cmdline")
+        .map_err(|error| format!("cannot read /proc/cmdline: {error}"))
 }
 
 /// The file of the guest driver.

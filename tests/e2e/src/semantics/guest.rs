@@ -258,8 +258,7 @@ fn check(driver: &str) -> Result<(), Failure> {
     syscall::unload_module(c"pvgpu")?;
     modules::load_guest_driver()?;
     program(&["--driver", driver, "--guest"])?;
-    let has_aperture = !fs::read_to_string("/proc/cmdline")?.contains("l2.no_aperture");
-    if has_aperture && !memory_types.lines().any(|line| line.contains("write-back")) {
+    if modules::has_aperture()? && !memory_types.lines().any(|line| line.contains("write-back")) {
         return Err(format!("the aperture is not mapped write-back: {memory_types}").into());
     }
     syscall::unload_module(c"pvgpu")?;
