@@ -1,6 +1,6 @@
 //! One ioctl of a guest, copied and validated: what a host driver gets to execute.
 //!
-//! [`crate::session`] builds a [`Call`] from the copy of the request ([`Call::new`]), which rejects everything that
+//! The module `session` builds a [`Call`] from the copy of the request ([`Call::new`]), which rejects everything that
 //! the schema does not allow. From then on the guest has no influence on its bytes. All of it lies in one buffer:
 //! the argument struct first, then the arrays that its pointers reach. Pointer fields hold no addresses here; a
 //! driver that needs addresses (the kernel) puts its own in.

@@ -1,6 +1,6 @@
 //! The seam between the proxy and what performs a validated operation.
 //!
-//! [`crate::session`] calls these traits, [`crate::drm`] (real ioctls) and [`crate::soft`] (the embedded GPU)
+//! The module `session` calls these traits, [`crate::drm`] (real ioctls) and [`crate::soft`] (the embedded GPU)
 //! implement them. Whatever reaches a driver has been copied and checked against the schema; a driver must still
 //! give an errno, never a panic, for values that only it can judge.
 

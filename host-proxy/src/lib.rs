@@ -1,6 +1,6 @@
 //! The host side of pvgpu: copies a guest's request once, validates it by schema and performs it.
 //!
-//! Data flows one way: [`device`] takes a descriptor chain from a virtqueue, [`session`] decodes the copy,
+//! Data flows one way: [`device`] takes a descriptor chain from a virtqueue, `session` decodes the copy,
 //! [`call`] validates an ioctl by its schema, a [`driver::HostDriver`] performs it, and the response goes back.
 //! Nothing of that knows about KVM, MMIO or sockets: a VMM links this crate and supplies guest memory, queues and
 //! interrupts. For operators there is [`control`], a socket that shows a running device, which a VMM may offer or not.
@@ -52,6 +52,7 @@ pub mod privacy;
 #[doc(hidden)]
 pub mod rlimit;
 pub mod sandbox;
+#[doc(hidden)]
 pub mod session;
 #[doc(hidden)]
 pub mod setting;

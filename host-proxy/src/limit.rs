@@ -1,6 +1,6 @@
 //! The limits of a guest by name: the errno of each, and the budget of worker time.
 //!
-//! [`crate::session`] holds requests against them, [`crate::statistics`] counts how often each was reached. Their
+//! The module `session` holds requests against them, [`crate::statistics`] counts how often each was reached. Their
 //! values are [`pvgpu_protocol::control::Limits`] and [`crate::device::DeviceConfig::worker_time`]; nothing here knows of
 //! requests.
 

@@ -12,7 +12,7 @@ use crate::limit::{Budget, Limit};
 use crate::logging::guest_log;
 use crate::sandbox::Filter;
 use crate::shadow::{Pages, Scratch, Shadow};
-use crate::statistics::{self, Counters, Statistics};
+use crate::statistics::{self, Counters, SessionState, SessionStatus, Statistics, Usage};
 use crate::worker::{Job, Workers};
 use pvgpu_protocol::control::{self, Hello, HelloReply, Limits};
 use pvgpu_protocol::schema::{Coherence, Space};
@@ -22,7 +22,6 @@ use pvgpu_protocol::wire::{
     ResponseHeader, SizeResponse, UnmapRequest, WatchRequest,
 };
 use pvgpu_protocol::{Errno, family};
-use serde::{Deserialize, Serialize};
 use std::collections::{HashMap, HashSet};
 use std::io;
 use std::ops::Range;
@@ -1273,49 +1272,6 @@ fn record_offset(file: &File, call: &Call) {
     {
         handle.offset = Some(offset);
     }
-}
-
-/// How far a session has come.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "lowercase")]
-pub enum SessionState {
-    /// The guest has started the device, but has not said its hello.
-    Waiting,
-    /// The guest may do everything.
-    Open,
-    /// It is over, but for what the host driver still has to let go of.
-    Ending,
-}
-
-/// A session as operators see it.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct SessionStatus {
-    /// How far it has come.
-    pub state: SessionState,
-    /// Who the guest says it is, at most [`statistics::NAME_LIMIT`] bytes of it; empty before the hello.
-    #[serde(deserialize_with = "statistics::owned")]
-    pub guest: String,
-    /// When the guest started the device, in seconds since 1970.
-    pub since: u64,
-}
-
-/// What a session uses now.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Usage {
-    /// Open files.
-    pub files: usize,
-    /// Open files and other objects.
-    pub objects: usize,
-    /// Bytes mapped, into the aperture or with pages of the guest.
-    pub mapped: u64,
-    /// Bytes of GPU memory that handles and exported objects keep.
-    pub memory: u64,
-    /// GEM and syncobj handles.
-    pub handles: u64,
-    /// Requests that may be waiting, watches among them.
-    pub in_flight: usize,
-    /// Watches.
-    pub watches: usize,
 }
 
 /// A file's handles and its session's objects.

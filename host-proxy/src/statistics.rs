@@ -2,7 +2,6 @@
 
 use crate::latency::Histogram;
 use crate::limit::Limit;
-use crate::session::{SessionStatus, Usage};
 use pvgpu_protocol::wire::Operation;
 use pvgpu_protocol::{Errno, control::Limits};
 use serde::{Deserialize, Deserializer, Serialize, Serializer};
@@ -173,6 +172,49 @@ pub struct Driver {
     pub name: String,
     /// Major, minor and patch level.
     pub version: [i32; 3],
+}
+
+/// How far a session has come.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum SessionState {
+    /// The guest has started the device, but has not said its hello.
+    Waiting,
+    /// The guest may do everything.
+    Open,
+    /// It is over, but for what the host driver still has to let go of.
+    Ending,
+}
+
+/// A session as operators see it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct SessionStatus {
+    /// How far it has come.
+    pub state: SessionState,
+    /// Who the guest says it is, at most [`NAME_LIMIT`] bytes of it; empty before the hello.
+    #[serde(deserialize_with = "owned")]
+    pub guest: String,
+    /// When the guest started the device, in seconds since 1970.
+    pub since: u64,
+}
+
+/// What a session uses now.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Usage {
+    /// Open files.
+    pub files: usize,
+    /// Open files and other objects.
+    pub objects: usize,
+    /// Bytes mapped, into the aperture or with pages of the guest.
+    pub mapped: u64,
+    /// Bytes of GPU memory that handles and exported objects keep.
+    pub memory: u64,
+    /// GEM and syncobj handles.
+    pub handles: u64,
+    /// Requests that may be waiting, watches among them.
+    pub in_flight: usize,
+    /// Watches.
+    pub watches: usize,
 }
 
 /// Most bytes of a name that somebody else has chosen, in statistics.

@@ -2,9 +2,8 @@
 
 use super::*;
 use crate::device::{Device, DeviceConfig};
-use crate::session::{SessionState, SessionStatus, Usage};
 use crate::soft::{SoftConfig, SoftDriver};
-use crate::statistics::{Recording, Statistics};
+use crate::statistics::{Recording, SessionState, SessionStatus, Statistics, Usage};
 use std::fs;
 use std::io::Read;
 use std::path::{Path, PathBuf};

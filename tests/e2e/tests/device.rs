@@ -6,7 +6,7 @@ use pvgpu_host_proxy::aperture::Aperture;
 use pvgpu_host_proxy::device::{ActivateError, Device, DeviceConfig, Doorbell, Interrupt};
 use pvgpu_host_proxy::driver::HostDriver;
 use pvgpu_host_proxy::limit::Limit;
-use pvgpu_host_proxy::session::SessionState;
+use pvgpu_host_proxy::statistics::SessionState;
 use pvgpu_host_proxy::{Errno, Limits};
 use pvgpu_protocol::control::{self, Hello};
 use pvgpu_protocol::wire::{

@@ -4,8 +4,7 @@ use std::fmt::Write;
 use std::path::{Path, PathBuf};
 
 use pvgpu_host_proxy::limit::Limit;
-use pvgpu_host_proxy::session::{SessionState, Usage};
-use pvgpu_host_proxy::statistics::{Latency, Recording, Statistics};
+use pvgpu_host_proxy::statistics::{Latency, Recording, SessionState, Statistics, Usage};
 
 /// A sample: its labels, but for the proxy's, and its value.
 type Sample = (Vec<(&'static str, String)>, f64);

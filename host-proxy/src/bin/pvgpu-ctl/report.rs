@@ -5,8 +5,7 @@ use std::path::Path;
 use std::time::{Duration, SystemTime};
 
 use pvgpu_host_proxy::control::AskError;
-use pvgpu_host_proxy::session::SessionState;
-use pvgpu_host_proxy::statistics::{Latency, Recording, Statistics};
+use pvgpu_host_proxy::statistics::{Latency, Recording, SessionState, Statistics, Usage};
 use serde::Serialize;
 
 use crate::units;
@@ -208,7 +207,7 @@ pub(crate) fn heading() -> String {
 /// One proxy in a line.
 pub(crate) fn row(socket: &Path, statistics: &Statistics, interval: &Interval) -> String {
     let usage = statistics.usage.as_ref();
-    let used = |value: fn(&pvgpu_host_proxy::session::Usage) -> u64| usage.map_or(0, value);
+    let used = |value: fn(&Usage) -> u64| usage.map_or(0, value);
     let percentile = |latency: &Latency, share| units::duration(latency.percentile(share));
     format!(
         "{:<24} {:>8} {:>6} {:>8} {:>8} {:>7} {:>9.0} {:>8} {:>8} {:>8} {:>7.0} {:>6}\n",

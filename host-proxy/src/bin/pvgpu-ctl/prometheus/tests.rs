@@ -106,7 +106,7 @@ fn parse(text: &str) -> (BTreeMap<String, Vec<Parsed>>, BTreeMap<String, String>
 
 /// What a proxy has said once, with a guest of an awkward name.
 fn statistics() -> Statistics {
-    use pvgpu_host_proxy::session::SessionStatus;
+    use pvgpu_host_proxy::statistics::SessionStatus;
     let mut statistics = Statistics {
         session: Some(SessionStatus {
             state: SessionState::Open,
