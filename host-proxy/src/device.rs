@@ -150,6 +150,7 @@ impl Default for DeviceConfig {
 
 /// Why a device could not be activated.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum ActivateError {
     /// The guest has not accepted what the device needs.
     #[error(

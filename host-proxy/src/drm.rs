@@ -70,6 +70,7 @@ pub fn system_calls(families: &[&'static Family]) -> Vec<Allowed> {
 
 /// Why a node cannot be offered to guests.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum DrmError {
     /// There is no such file.
     #[error(

@@ -79,6 +79,7 @@ fn end(bucket: usize) -> u64 {
 
 /// How long requests have taken until one moment: for people and in JSON as count, mean and percentiles in nanoseconds.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[non_exhaustive]
 pub struct Latency {
     sum_ns: u64,
     /// None at all, or [`BUCKETS`].

@@ -113,6 +113,7 @@ impl Allowed {
 
 /// Why there is no sandbox.
 #[derive(Clone, Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum SandboxError {
     /// The kernel has none.
     #[error(

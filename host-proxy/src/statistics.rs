@@ -116,6 +116,7 @@ impl Counters {
 
 /// A device and its session at one moment.
 #[derive(Clone, Debug, Default, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Statistics {
     /// Who executes the operations.
     pub driver: Driver,
@@ -166,6 +167,7 @@ impl Statistics {
 
 /// The host driver as operators see it.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Driver {
     /// Name, such as `virtio_gpu`, at most [`NAME_LIMIT`] bytes of it.
     #[serde(deserialize_with = "owned")]
@@ -188,6 +190,7 @@ pub enum SessionState {
 
 /// A session as operators see it.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct SessionStatus {
     /// How far it has come.
     pub state: SessionState,
@@ -200,6 +203,7 @@ pub struct SessionStatus {
 
 /// What a session uses now.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[non_exhaustive]
 pub struct Usage {
     /// Open files.
     pub files: usize,

@@ -17,6 +17,7 @@ pub struct Socket {
 
 /// Why there is no socket.
 #[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
 pub enum BindError {
     /// Another process serves it.
     #[error("another process serves {}: end that one or choose another path", .0.display())]

@@ -106,16 +106,8 @@ fn parse(text: &str) -> (BTreeMap<String, Vec<Parsed>>, BTreeMap<String, String>
 
 /// What a proxy has said once, with a guest of an awkward name.
 fn statistics() -> Statistics {
-    use pvgpu_host_proxy::statistics::SessionStatus;
-    let mut statistics = Statistics {
-        session: Some(SessionStatus {
-            state: SessionState::Open,
-            guest: "a \"guest\"\\n".into(),
-            since: 1_700_000_000,
-        }),
-        completed: 7,
-        ..Statistics::default()
-    };
+    let mut statistics = of_guest("a \"guest\"\\n");
+    statistics.completed = 7;
     statistics.limits_reached = vec![(Limit::Memory, 3)];
     statistics.operations = vec![(pvgpu_protocol::wire::Operation::Ioctl, 7)];
     statistics
@@ -185,8 +177,8 @@ fn all_of_it_is_in_prometheus_text_format_and_in_the_manual() {
     );
 }
 
-/// What a session says that has had some requests.
-fn timed() -> Statistics {
+/// What a session says whose guest has said hello and then had some requests.
+fn of_guest(name: &str) -> Statistics {
     use pvgpu_host_proxy::session::{RESPONSE_HEADER, Session};
     use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
     use pvgpu_protocol::control::{Hello, encode};
@@ -198,7 +190,7 @@ fn timed() -> Statistics {
         .as_bytes()
         .to_vec();
     let mut record = [0; 64];
-    let length = encode(&Hello::new("timed"), &mut record).unwrap();
+    let length = encode(&Hello::new(name), &mut record).unwrap();
     hello.extend(&record[..length]);
     let nop = RequestHeader::new(Operation::Nop, 0, 1).as_bytes().to_vec();
     for request in std::iter::once(hello).chain(std::iter::repeat_n(nop, 100)) {
@@ -210,7 +202,7 @@ fn timed() -> Statistics {
 
 #[test]
 fn a_histogram_has_rising_buckets_that_end_with_its_count() {
-    let statistics = timed();
+    let statistics = of_guest("timed");
     assert!(statistics.at_once.count() > 0);
     let socket = [PathBuf::from("/run/one")];
     let (samples, types) = parse(&exposition(&socket, &[(&socket[0], statistics)]));
