@@ -894,22 +894,9 @@ fn refuses_to_go(what: &str) -> Result<(), Failure> {
     Ok(())
 }
 
-fn unload() -> Result<(), Failure> {
-    // What was closed last is released by a worker thread.
-    let started = Instant::now();
-    while let Err(error) = syscall::unload_module(c"pvgpu") {
-        ensure!(
-            started.elapsed() < SOON,
-            "with all closed the module cannot be unloaded: {error}"
-        );
-        thread::sleep(Duration::from_millis(1));
-    }
-    Ok(())
-}
-
 /// Unloads the module and loads it again, as the first process of the guest has.
 fn load_again() -> Result<(), Failure> {
-    unload()?;
+    modules::unload_guest_driver()?;
     Ok(modules::load_guest_driver()?)
 }
 

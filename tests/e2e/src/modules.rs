@@ -2,6 +2,8 @@
 
 use std::ffi::CString;
 use std::fs::{self, File};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use crate::syscall;
 
@@ -19,6 +21,20 @@ pub fn load_all() -> Result<(), String> {
 /// Loads the guest driver, told where the GPU is as the kernel's command line has it; on PCI that says nothing.
 pub fn load_guest_driver() -> Result<(), String> {
     load(GUEST_DRIVER, &guest_driver_parameters(&command_line()?))
+}
+
+/// Unloads the guest driver once nothing uses it any more. What was closed last is released by a worker thread of the kernel.
+pub fn unload_guest_driver() -> Result<(), String> {
+    /// Whatever uses it for longer was not closed.
+    const SOON: Duration = Duration::from_secs(20);
+    let started = Instant::now();
+    while let Err(error) = syscall::unload_module(c"pvgpu") {
+        if started.elapsed() > SOON {
+            return Err(format!("cannot unload the guest driver: {error}"));
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(())
 }
 
 /// Whether this guest's GPU has an aperture, or this is no guest: `l2.no_aperture` on the kernel's command line says otherwise.

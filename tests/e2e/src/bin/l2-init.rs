@@ -76,13 +76,12 @@ fn run(line: &str) -> Result<(), String> {
     })
 }
 
-/// Does `job` with the guest driver loaded, then unloads it, which fails while anything has its node open.
+/// Does `job` with the guest driver loaded, then unloads it, which fails if anything is left open.
 fn with_driver(job: impl FnOnce() -> Result<(), String>) -> Result<(), String> {
     modules::load_guest_driver()?;
     loaded_by_itself()?;
     job()?;
-    syscall::unload_module(c"pvgpu")
-        .map_err(|error| format!("cannot unload the module: {error}"))?;
+    modules::unload_guest_driver()?;
     match fs::exists(NODE) {
         Ok(false) => Ok(()),
         _ => Err(format!("{NODE} is still there without its module")),

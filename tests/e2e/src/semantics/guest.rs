@@ -255,13 +255,13 @@ fn check(driver: &str) -> Result<(), Failure> {
     // The range of the aperture: without a reservation as write-back a processor would not cache what a program maps.
     let memory_types = fs::read_to_string("/sys/kernel/debug/x86/pat_memtype_list")?;
     program(&["--driver", driver])?;
-    syscall::unload_module(c"pvgpu")?;
+    modules::unload_guest_driver()?;
     modules::load_guest_driver()?;
     program(&["--driver", driver, "--guest"])?;
     if modules::has_aperture()? && !memory_types.lines().any(|line| line.contains("write-back")) {
         return Err(format!("the aperture is not mapped write-back: {memory_types}").into());
     }
-    syscall::unload_module(c"pvgpu")?;
+    modules::unload_guest_driver()?;
     let mut before = 0;
     const ROUNDS: i64 = 40;
     for round in 0..ROUNDS {
@@ -271,7 +271,7 @@ fn check(driver: &str) -> Result<(), Failure> {
         }
         modules::load_guest_driver()?;
         drop(Gpu::find(driver)?);
-        syscall::unload_module(c"pvgpu")?;
+        modules::unload_guest_driver()?;
     }
     let grown = allocated()? - before;
     println!(
