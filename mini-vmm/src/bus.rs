@@ -6,6 +6,7 @@
 use std::fmt;
 use std::sync::Arc;
 
+use pvgpu_host_proxy::sandbox::Allowed;
 use vmm_sys_util::eventfd::EventFd;
 
 /// A device with registers in guest-physical memory. Both methods run on the vCPU thread that made
@@ -15,6 +16,10 @@ pub trait MmioDevice: Send + Sync {
     fn read(&self, offset: u64, data: &mut [u8]);
     /// Takes a write of `data.len()` bytes (1 to 8) at `offset` from the window's base.
     fn write(&self, offset: u64, data: &[u8]);
+    /// What these may ask of the kernel, beside what every device of mini-vmm may.
+    fn system_calls(&self) -> &[Allowed] {
+        &[]
+    }
 }
 
 /// A device and the window it answers in.

@@ -261,6 +261,7 @@ impl Vm {
             gpu_off = Some(attached.off);
         }
         for device in config.devices {
+            system_calls.extend(device.device.system_calls());
             bus.attach(device)?;
         }
         for device in bus.devices() {

@@ -44,6 +44,46 @@ pub enum Goal {
     Bandwidth(f64),
     /// At most so many doorbells for one operation.
     Doorbells(f64),
+    /// In the median at most so many times as long as in one process.
+    OneProcess(f64),
+}
+
+/// How often each machine is booted.
+const VISITS: u32 = 5;
+
+/// How many batches each machine measures at each of its turns. The machines take turns as batches do: which processors
+/// threads run on changes within seconds, and counts for more than what is to be compared.
+pub fn turns(rounds: u32) -> impl Iterator<Item = u32> {
+    let visits = VISITS.min(rounds);
+    (0..visits).map(move |visit| (rounds + visit) / visits)
+}
+
+/// A machine, and what was measured in it so far.
+#[derive(Debug)]
+pub struct Measured {
+    /// The machine.
+    pub run: Run,
+    /// What is measured in it.
+    pub rows: Vec<Row>,
+    samples: HashMap<String, Sample>,
+}
+
+impl Measured {
+    /// What its guest has measured at one of its turns, by the guest's names.
+    pub fn add(&mut self, samples: HashMap<String, Sample>) {
+        for (name, sample) in samples {
+            self.samples.entry(name).or_default().add(sample);
+        }
+    }
+
+    fn sample(&self, name: &str) -> Result<&Sample, BenchError> {
+        let sample = self.samples.get(name);
+        let sample = sample.filter(|sample| !sample.nanoseconds.is_empty());
+        sample.ok_or_else(|| BenchError::Missing {
+            run: self.run.name,
+            measure: name.to_owned(),
+        })
+    }
 }
 
 /// One line of the table.
@@ -100,8 +140,8 @@ const PIPELINE: &str = "pipelined no-op requests (time of one request)";
 const BANDWIDTH: &str = "aperture bandwidth";
 const PAYLOAD: &str = "ioctl with a payload";
 
-/// Everything that is measured with the host driver of that name: the machines, and what their guests measure.
-pub fn runs(driver: &str) -> Vec<(Run, Vec<Row>)> {
+/// Everything that is to be measured with the host driver of that name.
+pub fn machines(driver: &str) -> Vec<Measured> {
     let embedded = driver == "soft";
     let getparam = |how: &str, floor: &str| {
         let native = if embedded { floor } else { "host_getparam" };
@@ -197,23 +237,29 @@ pub fn runs(driver: &str) -> Vec<(Run, Vec<Row>)> {
         );
         inline.push(native);
     }
-    let process = polled
-        .iter()
-        .filter(|row| [ROUND_TRIPS, PIPELINE, BANDWIDTH].contains(&row.group));
+    let process = polled.iter().filter(|row| row.group != FLOORS);
     let process = process.cloned().map(|row| Row {
         title: match row.title.strip_suffix(", polled on both sides") {
             Some(title) => format!("{title}, polled, in another process"),
             None => format!("{}, from another process", row.title),
         },
+        goal: match row.group {
+            PIPELINE => Some(Goal::OneProcess(1.1)),
+            _ => row.goal,
+        },
         ..row
     });
     let process = process.collect();
-    let run = |name, proxy| Run { name, proxy };
+    let machine = |name, proxy, rows| Measured {
+        run: Run { name, proxy },
+        rows,
+        samples: HashMap::new(),
+    };
     vec![
-        (run("inline", Proxy::Inline), inline),
-        (run("worker", Proxy::Asleep), asleep),
-        (run("polled", Proxy::Polling), polled),
-        (run("process", Proxy::Process), process),
+        machine("inline", Proxy::Inline, inline),
+        machine("worker", Proxy::Asleep, asleep),
+        machine("polled", Proxy::Polling, polled),
+        machine("process", Proxy::Process, process),
     ]
 }
 
@@ -268,32 +314,30 @@ pub struct Outcome {
     pub met: bool,
 }
 
-/// The line of a row, or the name of the measurement that is missing.
-pub fn line(
-    run: &Run,
-    row: &Row,
-    rows: &[Row],
-    samples: &HashMap<String, Sample>,
-) -> Result<Line, BenchError> {
-    let find = |name: &str| {
-        samples
-            .get(name)
-            .filter(|sample| !sample.nanoseconds.is_empty())
-            .ok_or_else(|| BenchError::Missing {
-                run: run.name,
-                measure: name.to_owned(),
-            })
-    };
-    let sample = find(&row.measure)?;
+/// The lines of all machines, or the name of a measurement that is missing.
+pub fn lines(machines: &[Measured]) -> Result<Vec<Line>, BenchError> {
+    let polling = |machine: &&Measured| machine.run.proxy == Proxy::Polling;
+    let one_process = machines.iter().find(polling);
+    let rows = machines
+        .iter()
+        .flat_map(|machine| machine.rows.iter().map(move |row| (machine, row)));
+    rows.map(|(machine, row)| line(machine, row, one_process.unwrap_or(machine)))
+        .collect()
+}
+
+/// The line of a row of a machine; `one_process` is the machine with a proxy that polls in the VMM's process.
+fn line(machine: &Measured, row: &Row, one_process: &Measured) -> Result<Line, BenchError> {
+    let sample = machine.sample(&row.measure)?;
     let times = sample.each(row.per_operation);
+    let median = median(&times);
     let uses_gpu = sample.uses_gpu;
     let doorbells = sample.doorbells_of_one();
     let best = best(&times);
     let mut floor: Option<Floor> = None;
     for name in &row.floor {
-        let title = rows.iter().find(|row| row.measure == *name);
+        let title = machine.rows.iter().find(|row| row.measure == *name);
         let title = title.map_or(name.as_str(), |row| &row.title);
-        let best_ns = self::best(&find(name)?.each(1));
+        let best_ns = self::best(&machine.sample(name)?.each(1));
         floor = Some(match floor {
             None => Floor {
                 title: title.to_owned(),
@@ -310,8 +354,14 @@ pub fn line(
         _ => best / floor.best_ns,
     });
     let floor_ns = floor.as_ref().map_or(f64::NAN, |floor| floor.best_ns);
-    let goal = row.goal.map(|goal| {
+    let outcome = |goal| -> Result<Outcome, BenchError> {
         let (words, met) = match goal {
+            Goal::OneProcess(times) => {
+                let there = one_process.sample(&row.measure)?.each(row.per_operation);
+                let there = self::median(&there);
+                let words = format!("median <= {times} x {there:.0} ns in one process");
+                (words, median <= times * there)
+            }
             Goal::Time { times, plus } => {
                 let mut words = format!("<= {times} x floor");
                 if plus > 0.0 {
@@ -322,19 +372,19 @@ pub fn line(
             Goal::Bandwidth(part) => (format!(">= {part} x floor"), floor_ns / best >= part),
             Goal::Doorbells(most) => (format!("<= {most} doorbell"), doorbells <= most),
         };
-        Outcome { words, met }
-    });
+        Ok(Outcome { words, met })
+    };
     Ok(Line {
         group: row.group,
         title: row.title.clone(),
-        run: run.name,
-        median_ns: median(&times),
+        run: machine.run.name,
+        median_ns: median,
         best_ns: best,
         floor,
         ratio,
         bytes: row.bytes,
         doorbells: uses_gpu.then_some(doorbells),
-        goal,
+        goal: row.goal.map(outcome).transpose()?,
     })
 }
 
@@ -358,7 +408,7 @@ fn median(values: &[f64]) -> f64 {
 mod tests {
     use super::*;
 
-    fn sample(operations: u32, doorbells: u64, nanoseconds: &[u64]) -> Sample {
+    fn sample(operations: u64, doorbells: u64, nanoseconds: &[f64]) -> Sample {
         Sample {
             operations,
             doorbells,
@@ -367,17 +417,28 @@ mod tests {
         }
     }
 
-    fn samples() -> HashMap<String, Sample> {
-        HashMap::from([
-            ("floor".to_owned(), sample(10, 0, &[1000, 2000, 1000])),
-            ("nop".to_owned(), sample(5, 15, &[1000, 2000, 1100])),
-        ])
+    /// The line of a row of a machine whose requests take so many times as long as in one process.
+    fn line(row: Row, slower: f64) -> Result<Line, BenchError> {
+        let machine = |proxy, slower: f64| Measured {
+            run: Run {
+                name: "test",
+                proxy,
+            },
+            rows: vec![row.clone()],
+            samples: HashMap::from([
+                ("floor".to_owned(), sample(30, 0, &[100.0, 200.0, 100.0])),
+                (
+                    "nop".to_owned(),
+                    sample(15, 15, &[200.0, 400.0, 220.0].map(|time| time * slower)),
+                ),
+            ]),
+        };
+        let machines = [
+            machine(Proxy::Process, slower),
+            machine(Proxy::Polling, 1.0),
+        ];
+        Ok(lines(&machines)?.remove(0))
     }
-
-    const RUN: Run = Run {
-        name: "test",
-        proxy: Proxy::Inline,
-    };
 
     #[test]
     fn a_ratio_compares_the_best_batches() {
@@ -386,7 +447,7 @@ mod tests {
             plus: 0.0,
         };
         let row = Row::new("", "x", "nop").above("floor").goal(goal);
-        let line = line(&RUN, &row, &[], &samples()).unwrap();
+        let line = line(row, 1.0).unwrap();
         assert_eq!(line.ratio, Some(2.0));
         assert_eq!((line.median_ns, line.best_ns), (220.0, 200.0));
         assert!(line.goal.unwrap().met);
@@ -396,7 +457,7 @@ mod tests {
     #[test]
     fn a_floor_of_two_parts_is_their_sum() {
         let row = Row::new("", "x", "nop").above("floor").above("floor");
-        let floor = line(&RUN, &row, &[], &samples()).unwrap().floor.unwrap();
+        let floor = line(row, 1.0).unwrap().floor.unwrap();
         assert_eq!(
             (floor.title.as_str(), floor.best_ns),
             ("floor + floor", 200.0)
@@ -426,8 +487,26 @@ mod tests {
             ),
         ] {
             let row = Row::new("", "x", "nop").above("floor").goal(goal);
-            let line = line(&RUN, &row, &[], &samples()).unwrap();
+            let line = line(row, 1.0).unwrap();
             assert_eq!(line.goal.unwrap().met, met, "{goal:?}");
+        }
+    }
+
+    #[test]
+    fn another_process_is_compared_with_the_median_in_one_process() {
+        for (slower, met) in [(1.09, true), (1.11, false)] {
+            let row = Row::new("", "x", "nop").goal(Goal::OneProcess(1.1));
+            let goal = line(row, slower).unwrap().goal.unwrap();
+            assert_eq!(goal.met, met, "{slower}");
+            assert!(goal.words.contains("220 ns"), "{}", goal.words);
+        }
+    }
+
+    #[test]
+    fn every_batch_is_measured_at_one_of_the_turns() {
+        for rounds in [1, 4, 5, 7, 25, 1000] {
+            assert_eq!(turns(rounds).sum::<u32>(), rounds);
+            assert!(turns(rounds).all(|batches| batches > 0));
         }
     }
 
@@ -437,7 +516,7 @@ mod tests {
             Row::new("", "x", "other"),
             Row::new("", "x", "nop").above("other"),
         ] {
-            let error = line(&RUN, &row, &[], &samples()).unwrap_err();
+            let error = line(row, 1.0).unwrap_err();
             assert!(error.to_string().contains("other"), "{error}");
         }
     }
@@ -445,11 +524,11 @@ mod tests {
     #[test]
     fn every_floor_is_measured_in_the_same_machine() {
         for driver in ["soft", "virtio_gpu"] {
-            for (run, rows) in runs(driver) {
-                let measures = machine::measures(&rows);
-                for row in &rows {
+            for machine in machines(driver) {
+                let measures = machine::measures(&machine.rows);
+                for row in &machine.rows {
                     for name in row.floor.iter().chain([&row.measure]) {
-                        assert!(measures.contains(name), "{} {name}", run.name);
+                        assert!(measures.contains(name), "{} {name}", machine.run.name);
                     }
                 }
             }

@@ -33,7 +33,7 @@ pub struct Arguments {
     only: Option<Place>,
 
     /// Batches of each measurement
-    #[arg(long, value_name = "N", default_value_t = 25, value_parser = clap::value_parser!(u32).range(1..=1000))]
+    #[arg(long, value_name = "N", default_value_t = 100, value_parser = clap::value_parser!(u32).range(1..=1000))]
     rounds: u32,
 }
 

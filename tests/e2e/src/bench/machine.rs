@@ -49,30 +49,37 @@ pub struct Run {
     pub proxy: Proxy,
 }
 
-/// What the guest has measured.
-#[derive(Clone, Debug, PartialEq, Eq)]
+/// What guests have measured of one thing.
+#[derive(Clone, Debug, Default, PartialEq)]
 pub struct Sample {
-    /// Operations of a batch.
-    pub operations: u32,
+    /// Operations of all batches.
+    pub operations: u64,
     /// Doorbells of all batches.
     pub doorbells: u64,
     /// Whether requests were made.
     pub uses_gpu: bool,
-    /// What each batch took.
-    pub nanoseconds: Vec<u64>,
+    /// Nanoseconds of one operation, batch by batch.
+    pub nanoseconds: Vec<f64>,
 }
 
 impl Sample {
-    /// Nanoseconds of one operation, or of each of its parts, batch by batch.
+    /// Nanoseconds of each part of an operation, batch by batch.
     pub fn each(&self, parts: u32) -> Vec<f64> {
-        let operations = f64::from(self.operations) * f64::from(parts);
         let times = self.nanoseconds.iter();
-        times.map(|time| *time as f64 / operations).collect()
+        times.map(|time| time / f64::from(parts)).collect()
     }
 
     /// Doorbells of one operation.
     pub fn doorbells_of_one(&self) -> f64 {
-        self.doorbells as f64 / f64::from(self.operations) / self.nanoseconds.len() as f64
+        self.doorbells as f64 / self.operations as f64
+    }
+
+    /// The batches of another guest, too.
+    pub fn add(&mut self, other: Self) {
+        self.operations += other.operations;
+        self.doorbells += other.doorbells;
+        self.uses_gpu |= other.uses_gpu;
+        self.nanoseconds.extend(other.nanoseconds);
     }
 }
 
@@ -238,17 +245,17 @@ fn parse(line: &str) -> Option<(String, Sample)> {
     let mut words = line.trim().strip_prefix("bench ")?.split(' ');
     let name = words.next()?.to_owned();
     let mut value = |key: &str| words.next()?.strip_prefix(key)?.strip_prefix('=');
-    let operations = value("operations")?.parse().ok()?;
+    let operations: u32 = value("operations")?.parse().ok()?;
     let doorbells = value("doorbells")?.parse().ok()?;
     let nanoseconds = value("ns")?
         .split(',')
-        .map(|batch| batch.parse().ok())
-        .collect::<Option<Vec<u64>>>()?;
+        .map(|batch| Some(batch.parse::<u64>().ok()? as f64 / f64::from(operations)))
+        .collect::<Option<Vec<f64>>>()?;
     let uses_gpu = ["nop", "getparam", "pipeline", "payload"]
         .iter()
         .any(|start| name.starts_with(start));
     let sample = Sample {
-        operations,
+        operations: u64::from(operations) * nanoseconds.len() as u64,
         doorbells,
         uses_gpu,
         nanoseconds,
@@ -261,10 +268,20 @@ mod tests {
     use super::*;
 
     #[test]
+    fn what_several_guests_have_measured_is_one_sample() {
+        let (_, mut sample) = parse("bench nop operations=20 doorbells=3 ns=100,200").unwrap();
+        let (_, other) = parse("bench nop operations=10 doorbells=2 ns=300").unwrap();
+        sample.add(other);
+        assert_eq!(sample.nanoseconds, [5.0, 10.0, 30.0]);
+        assert_eq!(sample.doorbells_of_one(), 0.1);
+        assert!(sample.uses_gpu);
+    }
+
+    #[test]
     fn a_line_of_the_guest_is_read_and_a_damaged_one_is_not() {
         let (name, sample) = parse("bench nop operations=20 doorbells=3 ns=100,200\r").unwrap();
         assert_eq!(name, "nop");
-        assert_eq!(sample.nanoseconds, [100, 200]);
+        assert_eq!(sample.nanoseconds, [5.0, 10.0]);
         assert_eq!(sample.each(5), [1.0, 2.0]);
         assert_eq!(sample.doorbells_of_one(), 0.075);
         for line in [

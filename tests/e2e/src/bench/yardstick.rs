@@ -10,8 +10,10 @@ use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::{self, JoinHandle, Thread};
 use std::time::Instant;
 
+use pvgpu_host_proxy::sandbox::Allowed;
 use pvgpu_mini_vmm::bus::{Attachment, Doorbell, MmioDevice};
 use pvgpu_mini_vmm::layout;
+use pvgpu_protocol::family::virtio_gpu;
 use pvgpu_scenarios::bench::{ANSWER, COPY_SIZE, mode, register};
 use vm_memory::{
     GuestAddress, GuestAddressSpace, GuestMemoryAtomic, GuestMemoryBackend, GuestMemoryMmap,
@@ -243,5 +245,10 @@ impl MmioDevice for Yardstick {
             }
             _ => {}
         }
+    }
+
+    fn system_calls(&self) -> &[Allowed] {
+        static NATIVE: [Allowed; 1] = [Allowed::ioctl(virtio_gpu::GETPARAM, "the native GETPARAM")];
+        &NATIVE
     }
 }

@@ -12,7 +12,7 @@ use pvgpu_host_proxy::drm::DrmDriver;
 use pvgpu_host_proxy::soft::{SoftConfig, SoftDriver};
 
 const USAGE: &str = "usage: bench --guest FILE --daemon FILE --driver soft|virtio_gpu [--rounds N]\n\
-Boots the test guest with a GPU on that host driver, in process and in the daemon pvgpu-proxyd, and measures N batches (15 by default) of everything.";
+Boots the test guest with a GPU on that host driver, in process and in the daemon pvgpu-proxyd, and measures N batches (100 by default) of everything.";
 
 struct Arguments {
     guest: PathBuf,
@@ -36,7 +36,7 @@ fn main() -> ExitCode {
 }
 
 fn parse(mut words: impl Iterator<Item = String>) -> Option<Arguments> {
-    let (mut guest, mut daemon, mut driver, mut rounds) = (None, None, None, 15);
+    let (mut guest, mut daemon, mut driver, mut rounds) = (None, None, None, 100);
     while let Some(word) = words.next() {
         let value = words.next()?;
         match word.as_str() {
@@ -58,22 +58,24 @@ fn parse(mut words: impl Iterator<Item = String>) -> Option<Arguments> {
 fn run(arguments: &Arguments) -> Result<(), Box<dyn std::error::Error>> {
     println!("{}", serde_json::to_string(&host::describe())?);
     let driver = arguments.driver.as_str();
-    for (run, rows) in bench::runs(driver) {
-        let (host_driver, node) = open(driver)?;
-        let rounds = arguments.rounds;
-        let samples = bench::machine::measure(
-            &run,
-            &rows,
-            rounds,
-            &arguments.guest,
-            host_driver,
-            node,
-            &arguments.daemon,
-        )?;
-        for row in &rows {
-            let line = bench::line(&run, row, &rows, &samples)?;
-            println!("{}", serde_json::to_string(&line)?);
+    let mut machines = bench::machines(driver);
+    for rounds in bench::turns(arguments.rounds) {
+        for machine in &mut machines {
+            let (host_driver, node) = open(driver)?;
+            let samples = bench::machine::measure(
+                &machine.run,
+                &machine.rows,
+                rounds,
+                &arguments.guest,
+                host_driver,
+                node,
+                &arguments.daemon,
+            )?;
+            machine.add(samples);
         }
+    }
+    for line in bench::lines(&machines)? {
+        println!("{}", serde_json::to_string(&line)?);
     }
     Ok(())
 }
