@@ -79,10 +79,14 @@ impl Measured {
     fn sample(&self, name: &str) -> Result<&Sample, BenchError> {
         let sample = self.samples.get(name);
         let sample = sample.filter(|sample| !sample.nanoseconds.is_empty());
-        sample.ok_or_else(|| BenchError::Missing {
-            run: self.run.name,
-            measure: name.to_owned(),
-        })
+        sample.ok_or_else(|| missing(self.run.name, name))
+    }
+}
+
+fn missing(run: &'static str, measure: &str) -> BenchError {
+    BenchError::Missing {
+        run,
+        measure: measure.to_owned(),
     }
 }
 
@@ -316,17 +320,15 @@ pub struct Outcome {
 
 /// The lines of all machines, or the name of a measurement that is missing.
 pub fn lines(machines: &[Measured]) -> Result<Vec<Line>, BenchError> {
-    let polling = |machine: &&Measured| machine.run.proxy == Proxy::Polling;
-    let one_process = machines.iter().find(polling);
     let rows = machines
         .iter()
         .flat_map(|machine| machine.rows.iter().map(move |row| (machine, row)));
-    rows.map(|(machine, row)| line(machine, row, one_process.unwrap_or(machine)))
+    rows.map(|(machine, row)| line(machine, row, machines))
         .collect()
 }
 
-/// The line of a row of a machine; `one_process` is the machine with a proxy that polls in the VMM's process.
-fn line(machine: &Measured, row: &Row, one_process: &Measured) -> Result<Line, BenchError> {
+/// The line of a row of one of the machines.
+fn line(machine: &Measured, row: &Row, machines: &[Measured]) -> Result<Line, BenchError> {
     let sample = machine.sample(&row.measure)?;
     let times = sample.each(row.per_operation);
     let median = median(&times);
@@ -357,7 +359,11 @@ fn line(machine: &Measured, row: &Row, one_process: &Measured) -> Result<Line, B
     let outcome = |goal| -> Result<Outcome, BenchError> {
         let (words, met) = match goal {
             Goal::OneProcess(times) => {
-                let there = one_process.sample(&row.measure)?.each(row.per_operation);
+                let mut machines = machines.iter();
+                let there = machines
+                    .find(|other| other.run.proxy == Proxy::Polling)
+                    .ok_or_else(|| missing("polled", &row.measure))?;
+                let there = there.sample(&row.measure)?.each(row.per_operation);
                 let there = self::median(&there);
                 let words = format!("median <= {times} x {there:.0} ns in one process");
                 (words, median <= times * there)
